@@ -271,7 +271,8 @@ def load_trajectories(path: str | Path) -> list[Trajectory]:
         document = msgpack.unpackb(Path(path).read_bytes(), strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise TrajectoryError(f"{path}: expected a msgpack file of trajectories, found {error}") from error
-    _require(isinstance(document, dict) and document.get("format") == FORMAT, f"{path}: format", FORMAT, document)
+    found = document.get("format") if isinstance(document, dict) else type(document).__name__
+    _require(found == FORMAT, f"{path}: format", FORMAT, found)
     version = document.get("version")
     _require(version == SCHEMA_VERSION, f"{path}: version", f"schema version {SCHEMA_VERSION}", version)
     records = document.get("trajectories")
