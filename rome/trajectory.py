@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class TrajectoryError(ValueError):
     """A trajectory, or a file of them, that breaks the contract. The message names the field and what was expected."""
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """How an episode ended. An infrastructure failure is never a reward of 0."""
 
     COMPLETED = "completed"

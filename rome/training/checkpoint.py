@@ -1,0 +1,96 @@
+"""Checkpoints of everything a run needs to continue bit-exactly, by Orbax.
+
+One checkpoint holds the train state (parameters, optimizer), a JSON cursor (stage, step, task cursor, curriculum,
+PRNG, number of metric records) and the sample buffer. Orbax writes to a temporary name and renames, so a kill leaves
+the previous checkpoint; a CRC of every array, kept in the cursor, tells a damaged file from a good one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written, or is damaged; names the path and the part."""
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of every leaf's bytes, by its path in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+class Checkpointer:
+    """Saves and restores `(state, cursor, buffer)` under a directory; keeps the newest `keep` steps."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        self._directory = Path(directory).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's global step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, cursor: dict[str, Any], buffer: bytes = b"") -> None:
+        """Writes one checkpoint; returns when it is on disk. Raises CheckpointError (disk full…), the old one kept."""
+        document = {**cursor, "checksums": _checksums(state), "buffer_crc": zlib.crc32(buffer)}
+        buffer_array = np.frombuffer(buffer or b"\0", np.uint8)
+        document["buffer_bytes"] = len(buffer)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    cursor=ocp.args.JsonSave(document),
+                    buffer=ocp.args.StandardSave({"bytes": buffer_array}),
+                ),
+            )
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self._directory / str(step)}: could not be written: {error}") from error
+
+    def cursor(self, step: int) -> dict[str, Any]:
+        """The JSON cursor of a checkpoint, which tells what state it holds."""
+        return dict(self._restore(step, "cursor", ocp.args.JsonRestore()))
+
+    def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any], bytes]:
+        """`(state, cursor, buffer)` of the checkpoint; `template` is a state of the same structure and shapes."""
+        cursor = self.cursor(step)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        state = self._restore(step, "state", ocp.args.StandardRestore(abstract))
+        found = _checksums(state)
+        for name, expected in cursor.pop("checksums").items():
+            if found.get(name) != expected:
+                raise CheckpointError(f"{self._directory / str(step)}: state{name} is damaged (its CRC differs)")
+        buffer = np.asarray(self._restore(step, "buffer", ocp.args.StandardRestore())["bytes"]).tobytes()
+        buffer = buffer[: cursor.pop("buffer_bytes")]
+        if zlib.crc32(buffer) != cursor.pop("buffer_crc"):
+            raise CheckpointError(f"{self._directory / str(step)}: the sample buffer is damaged (its CRC differs)")
+        return state, cursor, buffer
+
+    def _restore(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # Orbax and TensorStore raise a dozen types for a damaged file
+            raise CheckpointError(
+                f"{self._directory / str(step)}: {item} can't be read ({type(error).__name__}: {error}). "
+                "Delete this folder to continue from the checkpoint before it."
+            ) from error
+
+    def close(self) -> None:
+        self._manager.close()
