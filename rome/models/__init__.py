@@ -1,0 +1,31 @@
+"""The policy model: transformer, key/value cache, tokenizer and chat renderer. jax and tokenizers only."""
+
+from rome.models.cache import KVCache, extend, init_cache
+from rome.models.chat import ChatRenderer, Message, ParsedChunk, RenderError
+from rome.models.config import ConfigError, ModelConfig
+from rome.models.params import ParamSpec, count_params, init_params, param_specs
+from rome.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError, train_tokenizer
+from rome.models.transformer import forward, hidden_states, token_log_probs
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "ChatRenderer",
+    "ConfigError",
+    "KVCache",
+    "Message",
+    "ModelConfig",
+    "ParamSpec",
+    "ParsedChunk",
+    "RenderError",
+    "Tokenizer",
+    "TokenizerError",
+    "count_params",
+    "extend",
+    "forward",
+    "hidden_states",
+    "init_cache",
+    "init_params",
+    "param_specs",
+    "token_log_probs",
+    "train_tokenizer",
+]

@@ -1,0 +1,100 @@
+"""The key/value cache and `extend`, the one function that prefills, appends deltas and decodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rome.models.config import ModelConfig
+from rome.models.params import Params
+from rome.models.transformer import (
+    _MASKED,
+    decoder_layer,
+    embed,
+    layer_params,
+    rms_norm,
+    rope_tables,
+    unembed,
+)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of B slots: a tuple over layers of [B, K, max_length, h]; ``length`` int32[B] are valid."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length: jax.Array
+
+    @property
+    def max_length(self) -> int:
+        return self.keys[0].shape[2]
+
+    def reset(self, slots: jax.Array) -> KVCache:
+        """Empties the slots where bool[B] is true. What they held stays in memory, unreachable."""
+        return replace(self, length=jnp.where(slots, 0, self.length))
+
+
+def init_cache(config: ModelConfig, batch: int, max_length: int) -> KVCache:
+    """An empty cache of ``batch`` slots with room for ``max_length`` tokens each, in ``config.dtype``."""
+    shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+    zeros = [jnp.zeros(shape, config.dtype) for _ in range(2 * config.num_layers)]
+    return KVCache(tuple(zeros[::2]), tuple(zeros[1::2]), jnp.zeros((batch,), jnp.int32))
+
+
+def extend(
+    params: Params, config: ModelConfig, cache: KVCache, tokens: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Appends tokens to slots at their current lengths: a prefill, a delta, or (S = 1) a decode step.
+
+    Args:
+        params: from `init_params`.
+        config: the model's config.
+        cache: where the slots stand. Donate it to jit (or carry it in a loop) and it is updated in place.
+        tokens: int32[B, S]; the first ``counts[b]`` of row b are new, the rest is ignored.
+        counts: int32[B], 0..S. A slot with 0 keeps its cache and length bit for bit.
+
+    Returns:
+        Logits float32[B, V] after each slot's last new token (of slots with count 0: finite, meaningless), and the
+        cache with ``length + counts``. The caller keeps ``length + counts <= max_length``; what exceeds it is lost.
+    """
+    offsets = jnp.arange(tokens.shape[1])[None, :]
+    positions = cache.length[:, None] + offsets
+    # an index out of bounds is dropped by the scatter below
+    columns = jnp.where(offsets < counts[:, None], positions, cache.max_length)
+    rope = rope_tables(positions, config)
+    bias_BxSxL = jnp.where(jnp.arange(cache.max_length) <= positions[..., None], 0.0, _MASKED)
+
+    x = embed(params, config, tokens)
+    keys, values = [], []
+    for index in range(config.num_layers):
+
+        def attend(q, k, v, index=index):
+            k = _write(cache.keys[index], k, columns)
+            v = _write(cache.values[index], v, columns)
+            return _attend_cache(q, k, v, bias_BxSxL), (k, v)
+
+        x, (k, v) = decoder_layer(x, layer_params(params, index), config, rope, attend)
+        keys.append(k)
+        values.append(v)
+    last = jnp.maximum(counts - 1, 0)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    logits = unembed(params, config, rms_norm(x, params["final_norm"], config.rms_norm_eps))
+    return logits, KVCache(tuple(keys), tuple(values), cache.length + counts)
+
+
+def _write(cache_BxKxLxh: jax.Array, new_BxSxKxh: jax.Array, columns_BxS: jax.Array) -> jax.Array:
+    rows = jnp.arange(cache_BxKxLxh.shape[0])[:, None]
+    return cache_BxKxLxh.at[rows, :, columns_BxS].set(new_BxSxKxh.astype(cache_BxKxLxh.dtype), mode="drop")
+
+
+def _attend_cache(q_BxSxHxh: jax.Array, keys: jax.Array, values: jax.Array, bias_BxSxL: jax.Array) -> jax.Array:
+    batch, new, heads, head_dim = q_BxSxHxh.shape
+    q = q_BxSxHxh.reshape(batch, new, keys.shape[1], -1, head_dim)
+    scores = jnp.einsum("bskgh,bklh->bksgl", q, keys, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(scores * head_dim**-0.5 + bias_BxSxL[:, None, :, None], axis=-1)
+    mixed = jnp.einsum("bksgl,bklh->bskgh", probs.astype(values.dtype), values)
+    return mixed.reshape(batch, new, heads, head_dim)

@@ -1,0 +1,195 @@
+"""The transformer as pure functions over a pytree of parameters: packed training rows, logits and log-probs.
+
+Shape letters: B rows (or slots), T tokens, S new tokens, D hidden, H query heads, K key/value heads, G = H // K query
+heads a key/value head, h head_dim, V vocabulary, N tokens of all rows in one axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rome.models.config import ModelConfig
+from rome.models.moe import Experts, moe_mlp
+from rome.models.params import Params
+
+_MASKED = -1e30  # finite: a row without any key stays free of NaN
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * gain over the last axis, in float32; returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * gain.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(positions_BxT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines f32[B, T, h/2] of the rotary angles position * theta^(-2i/h)."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BxT.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BxTxHxh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + h/2) (the half-split convention of Llama and Qwen checkpoints)."""
+    cos, sin = (table[:, :, None, :] for table in rope)
+    first, second = jnp.split(x_BxTxHxh.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxTxHxh.dtype)
+
+
+def attend_packed(segment_ids_BxT: jax.Array, config: ModelConfig) -> Attend:
+    """Causal attention inside each segment of packed rows; the causal order is that of the row."""
+    length = segment_ids_BxT.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    mask_BxTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]) & causal
+    bias_BxTxT = jnp.where(mask_BxTxT, 0.0, _MASKED)
+    groups = config.num_heads // config.num_kv_heads
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        batch, time, _, head_dim = q.shape
+        q = q.reshape(batch, time, config.num_kv_heads, groups, head_dim)
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(scores * head_dim**-0.5 + bias_BxTxT[:, None, None], axis=-1)
+        mixed = jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v)
+        return mixed.reshape(batch, time, config.num_heads, head_dim), None
+
+    return attend
+
+
+def decoder_layer(
+    x_BxTxD: jax.Array, layer: Params, config: ModelConfig, rope: tuple[jax.Array, jax.Array], attend: Attend
+) -> tuple[jax.Array, Any]:
+    """One pre-norm block. ``attend`` mixes tokens (over a packed row, or over a cache) and may return new state."""
+    dtype, eps = x_BxTxD.dtype, config.rms_norm_eps
+    layer = jax.tree.map(lambda w: w.astype(dtype), layer)
+    y = rms_norm(x_BxTxD, layer["attention_norm"], eps)
+    q = jnp.einsum("btd,dnh->btnh", y, layer["wq"])
+    k = jnp.einsum("btd,dnh->btnh", y, layer["wk"])
+    v = jnp.einsum("btd,dnh->btnh", y, layer["wv"])
+    if config.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], eps), rms_norm(k, layer["k_norm"], eps)
+    mixed, state = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+    x = x_BxTxD + jnp.einsum("btnh,nhd->btd", mixed, layer["wo"])
+    return x + mlp(rms_norm(x, layer["mlp_norm"], eps), layer, config), state
+
+
+def mlp(y_BxTxD: jax.Array, layer: Params, config: ModelConfig) -> jax.Array:
+    """SwiGLU feed-forward, dense or routed."""
+    if config.is_moe:
+        experts = Experts(layer["gate"], layer["up"], layer["down"])
+        return moe_mlp(y_BxTxD.reshape(-1, y_BxTxD.shape[-1]), layer["router"], experts, config).reshape(y_BxTxD.shape)
+    return (jax.nn.silu(y_BxTxD @ layer["gate"]) * (y_BxTxD @ layer["up"])) @ layer["down"]
+
+
+def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    return params["embedding"].astype(config.dtype)[tokens]
+
+
+def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Logits float32[..., V] of final hidden states [..., D]."""
+    weights = params["embedding"].T if config.tie_embeddings else params["lm_head"]
+    return jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Final normalised hidden states [B, T, D] in ``config.dtype``. Arguments as in `forward`."""
+    rope = rope_tables(positions, config)
+    attend = attend_packed(segment_ids, config)
+
+    def step(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        return decoder_layer(x, layer, config, rope, attend)
+
+    if config.remat:
+        step = jax.checkpoint(step)
+    x = embed(params, config, tokens)
+    if config.scan_layers:
+        x, _ = jax.lax.scan(step, x, params["layers"])
+    else:
+        for index in range(config.num_layers):
+            x, _ = step(x, layer_params(params, index))
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+
+
+def layer_params(params: Params, index: int) -> Params:
+    return jax.tree.map(lambda stacked: stacked[index], params["layers"])
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Logits float32[B, T, V] of the token after each.
+
+    Args:
+        params: from `init_params`.
+        config: the model's config.
+        tokens: int32[B, T].
+        positions: int32[B, T], position of each token in its own segment (rotary angles only).
+        segment_ids: int32[B, T]; tokens see only earlier ones of the same segment. 0 is padding: its logits are finite
+            and mean nothing.
+    """
+    return unembed(params, config, hidden_states(params, config, tokens, positions, segment_ids))
+
+
+def token_log_probs(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    temperature: float | jax.Array = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-prob and entropy float32[B, T] of the distribution that each token was drawn from.
+
+    ``logp[b, t]`` is log softmax(logits / temperature) of ``tokens[b, t]`` given what precedes it in its segment, and
+    ``entropy[b, t]`` the entropy (nats) of the same distribution. Both are 0 at the first token of a segment and on
+    padding. At most ``config.head_chunk`` tokens' logits exist at a time, in the backward pass too.
+    """
+    hidden = hidden_states(params, config, tokens, positions, segment_ids)
+    batch, time, width = hidden.shape
+    # hidden t predicts token t + 1; the last one of a row predicts nothing
+    targets = jnp.roll(tokens, -1, axis=1)
+    logp, entropy = _chunked_head(params, config, hidden.reshape(-1, width), targets.reshape(-1), temperature)
+    follows = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+
+    def align(values: jax.Array) -> jax.Array:
+        return jnp.pad(jnp.where(follows, values.reshape(batch, time)[:, :-1], 0.0), ((0, 0), (1, 0)))
+
+    return align(logp), align(entropy)
+
+
+def _chunked_head(
+    params: Params, config: ModelConfig, hidden_NxD: jax.Array, targets_N: jax.Array, temperature: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    head = {name: params[name] for name in ("embedding", "lm_head") if name in params}
+    step = partial(_head, head, config, temperature)
+    count = hidden_NxD.shape[0]
+    if count <= config.head_chunk:
+        return step((hidden_NxD, targets_N))
+    chunks = -(-count // config.head_chunk)
+    padding = chunks * config.head_chunk - count
+    hidden = jnp.pad(hidden_NxD, ((0, padding), (0, 0))).reshape(chunks, config.head_chunk, -1)
+    targets = jnp.pad(targets_N, (0, padding)).reshape(chunks, config.head_chunk)
+    logp, entropy = jax.lax.map(jax.checkpoint(step), (hidden, targets))
+    return logp.reshape(-1)[:count], entropy.reshape(-1)[:count]
+
+
+def _head(
+    head: Params, config: ModelConfig, temperature: float | jax.Array, inputs: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    hidden_NxD, targets_N = inputs
+    logits = unembed(head, config, hidden_NxD) / temperature
+    log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # compare and sum: the gradient of a gather would be a scatter, slow on CPU
+    is_target = jnp.arange(logits.shape[-1]) == targets_N[:, None]
+    logp = jnp.where(is_target, log_probs, 0.0).sum(-1)
+    return logp, -(jnp.exp(log_probs) * log_probs).sum(-1)
