@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -36,3 +37,7 @@ class PolicyBatch:
     returns: Array
     positive: Array
     imitation: Array
+
+    def replace(self, **changes: Array) -> PolicyBatch:
+        """A copy with some arrays changed."""
+        return dataclasses.replace(self, **changes)

@@ -11,14 +11,20 @@ from rome.ipa.ratios import importance_ratio
 from rome.ipa.units import num_units, to_tokens, unit_ids, unit_mean, unit_size, unit_sum
 
 COUNT_OF = {"token": "train/tokens", "chunk": "train/chunks", "trajectory": "train/trajectories"}
-"""The metric that counts the units of each level: the weight of that level's means when metrics are merged."""
+"""The metric that counts the units of each level."""
 
-MEAN_OVER = {
+SPREAD = ("mean", "min", "max")
+
+WEIGHTS = {
     "train/positive_fraction": "train/trajectories",
     "train/return_mean": "train/chunks",
     "ratio/clipped_fraction": "train/ratio_units",
+} | {
+    name.replace("LEVEL", level): count
+    for level, count in COUNT_OF.items()
+    for name in ("mask/LEVEL_dropped", *(f"{kind}/LEVEL_{s}" for kind in ("ratio", "mismatch") for s in SPREAD))
 }
-"""The count that weighs each mean whose name has no level."""
+"""Which count weighs each metric that is not itself a sum, when metrics are merged."""
 
 
 def policy_metrics(
@@ -69,7 +75,7 @@ def merge_metrics(stacked: dict[str, Array]) -> dict[str, Array]:
     """The metrics of a batch from those of its micro-batches, stacked on a leading axis: float32[M] -> scalars.
 
     Exactly what `policy_loss` would report on the whole batch. Names say how: *_min and *_max by extremum over the
-    micro-batches that have units, counts and losses by sum, all others as means weighted by the count of their unit.
+    micro-batches that have such units, other names in WEIGHTS as weighted means, and the rest (counts, losses) by sum.
     """
     return {name: _merge(name, values, stacked) for name, values in stacked.items()}
 
@@ -77,12 +83,9 @@ def merge_metrics(stacked: dict[str, Array]) -> dict[str, Array]:
 def _merge(name: str, values: Array, stacked: dict[str, Array]) -> Array:
     if name == "train/nothing_to_train":
         return jnp.min(values)
-    if name in MEAN_OVER:
-        weight = stacked[MEAN_OVER[name]]
-    elif name.startswith("train/"):
+    if name not in WEIGHTS:
         return jnp.sum(values)
-    else:
-        weight = stacked[COUNT_OF[name.split("/")[1].split("_")[0]]]
+    weight = stacked[WEIGHTS[name]]
     if name.endswith("_min"):
         return _lowest(values, weight > 0)
     if name.endswith("_max"):

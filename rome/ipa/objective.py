@@ -10,7 +10,6 @@ printed pi(c*) factor of Eq 10 would vanish for long chunks and is not used [our
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ def split_imitation(batch: PolicyBatch, config: ObjectiveConfig) -> tuple[Policy
     imitated = to_tokens(batch.imitation, unit_ids(batch, "chunk"), False)
     expert_ids = jnp.where(imitated & (config.imitation != "off"), batch.chunk_ids, -1)
     sampled_ids = jnp.where(imitated, -1, batch.chunk_ids)
-    return dataclasses.replace(batch, chunk_ids=sampled_ids), dataclasses.replace(batch, chunk_ids=expert_ids)
+    return batch.replace(chunk_ids=sampled_ids), batch.replace(chunk_ids=expert_ids)
 
 
 def batch_totals(batch: PolicyBatch, config: ObjectiveConfig) -> Totals:

@@ -24,7 +24,7 @@ def sft_tokens(chunk_ids: Array, chunk_mask: Array) -> Array:
 
 def sft_loss(
     logp: Array, chunk_ids: Array, chunk_mask: Array, *, total_tokens: Array | None = None, epsilon: float = 1e-6
-) -> tuple[Array, dict[str, Array]]:
+) -> Array:
     """Eq 2: L = -(sum_k m_k |c_k| + epsilon)^-1 sum_k m_k log pi(c_k | s_k).
 
     A turn with m_k = 0 stays in the context of the later ones; only its loss is zeroed.
@@ -33,15 +33,13 @@ def sft_loss(
       logp: float[B, T], differentiated; accumulated in float32. Unselected tokens may hold anything, NaN included.
       chunk_ids: int32[B, T], row-local; -1 = not a chunk (prompt, observation, padding).
       chunk_mask: bool[B, C], m_k by row-local chunk id; see `sft_chunk_mask`.
-      total_tokens: sum_k m_k |c_k| over the global batch, when this is a micro-batch of it.
+      total_tokens: sum_k m_k |c_k| over the global batch (of `sft_tokens`), when this is a micro-batch of it.
       epsilon: keeps a batch with nothing selected at loss 0.
 
     Returns:
-      (loss, metrics): float32 scalars; the losses, gradients and metrics of micro-batches add up to those of the whole.
+      float32 scalar; the losses, and the gradients, of micro-batches sum to those of the whole.
     """
     selected = sft_tokens(chunk_ids, chunk_mask)
-    tokens = jnp.sum(selected, dtype=jnp.float32)
-    dropped = jnp.sum(chunk_ids >= 0, dtype=jnp.float32) - tokens
     nll = -jnp.sum(jnp.where(selected, logp, 0.0), dtype=jnp.float32)
-    loss = nll / ((tokens if total_tokens is None else total_tokens) + epsilon)
-    return loss, {"train/loss": loss, "train/tokens": tokens, "train/dropped_tokens": dropped}
+    total = jnp.sum(selected, dtype=jnp.float32) if total_tokens is None else total_tokens
+    return nll / (total + epsilon)
