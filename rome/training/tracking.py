@@ -36,8 +36,11 @@ class MetricsError(ValueError):
     """A metric that cannot be recorded, or a metrics file that does not hold what a checkpoint says it does."""
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike[str], problems: list[str] | None = None) -> list[dict[str, Any]]:
     """Reads the complete records of a `metrics.jsonl`; a last line cut off by a crash is left out. [] if no file.
+
+    Args:
+        problems: where to note lines that are no records, to go on without them (default: they raise).
 
     Raises:
         MetricsError: a complete line that is not a record; names the line.
@@ -53,7 +56,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if not isinstance(record["step"], int) or not isinstance(record["stage"], str):
                 raise TypeError("step must be an integer and stage a string")
         except (ValueError, TypeError, KeyError) as error:
-            raise MetricsError(f"{path}, line {number}: not a metrics record: {error}") from error
+            message = f"{path}, line {number}: not a metrics record: {error}"
+            if problems is None:
+                raise MetricsError(message) from error
+            problems.append(message)
+            continue
         records.append(record)
     return records
 
