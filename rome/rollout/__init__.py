@@ -1,0 +1,36 @@
+"""Rollouts: the decode engine, the token ledger, the runner that keeps many environments in flight, and the buffer.
+
+Read `runner.py` for the loop, `episode.py` for the life of one trajectory, `engine.py` for how tokens are sampled.
+"""
+
+from rome.rollout.background import BackgroundRollouts, RolloutStopped
+from rome.rollout.buffer import BufferClosed, BufferStats, BufferTimeout, SampleBuffer, SampleBufferError
+from rome.rollout.engine import DecodeEngine, EngineConfig, EngineError, EngineStats, Finish, Sampled
+from rome.rollout.episode import ChunkEnv, Deadlines, GroupRequest
+from rome.rollout.ledger import LedgerError, TokenLedger
+from rome.rollout.runner import GroupDropped, RolloutConfig, RolloutRunner, RolloutStats
+
+__all__ = [
+    "BackgroundRollouts",
+    "BufferClosed",
+    "BufferStats",
+    "BufferTimeout",
+    "ChunkEnv",
+    "Deadlines",
+    "DecodeEngine",
+    "EngineConfig",
+    "EngineError",
+    "EngineStats",
+    "Finish",
+    "GroupDropped",
+    "GroupRequest",
+    "LedgerError",
+    "RolloutConfig",
+    "RolloutRunner",
+    "RolloutStats",
+    "RolloutStopped",
+    "SampleBuffer",
+    "SampleBufferError",
+    "Sampled",
+    "TokenLedger",
+]

@@ -1,0 +1,392 @@
+"""The decode engine: batched sampling over fixed slots, with a KV cache that outlives chunks.
+
+The shape is JetStream's (slots; insert / append / generate / free; an opaque decode state), extended by what RL needs:
+log-probs under the sampling distribution, the policy version of every token, and an explicit key for every trajectory.
+
+A *turn* is the unit of work. `generate` appends each slot's new tokens (a prompt, or the last stop token and the
+observation after it) in static buckets, then decodes all of them in one jitted `while_loop` until each has sampled a
+stop id or `max_chunk_tokens`. There is one host ↔ device synchronisation a turn, and every token passes through the
+model exactly once: a chunk's last token is only processed when (and if) the next delta is appended.
+
+Slots are split into cohorts, each with a decode state of its own, so that the environments of one cohort can run while
+another decodes. All cohorts have the same shape: they share every compiled function.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rome.models import KVCache, ModelConfig, extend, init_cache
+from rome.rollout.sampling import sample_tokens
+
+
+class EngineError(ValueError):
+    """A request or a config that the engine can't serve. Names the field and what was expected."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Static shapes and the sampling distribution.
+
+    Attributes:
+      slots: trajectories in flight, over all cohorts; a multiple of `cohorts`.
+      cohorts: groups of slots that take turns.
+      max_length: tokens a trajectory may have: prompt, chunks and observations together.
+      extend_buckets: ascending static sizes of an append; the longest delta of a cohort chooses. Each costs a compile.
+      max_chunk_tokens: tokens a chunk may have; without a stop id by then it ends as `Finish.LENGTH`.
+      temperature: of sampling; 0 is greedy. `generate` may override it (no recompile).
+      top_p, top_k: truncation of the sampling distribution; 1 and 0 switch it off.
+    """
+
+    slots: int = 64
+    cohorts: int = 2
+    max_length: int = 256
+    extend_buckets: tuple[int, ...] = (16, 64)
+    max_chunk_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        buckets = tuple(self.extend_buckets)
+        checks = {
+            "cohorts": (self.cohorts >= 1, "at least 1"),
+            "slots": (self.slots >= 1 and self.slots % max(self.cohorts, 1) == 0, "a positive multiple of cohorts"),
+            "max_length": (self.max_length >= 2, "at least 2"),
+            "extend_buckets": (
+                bool(buckets) and buckets == tuple(sorted(set(buckets))) and buckets[0] >= 1,
+                "ascending sizes of at least 1",
+            ),
+            "max_chunk_tokens": (self.max_chunk_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "a finite number >= 0"),
+            "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+        }
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise EngineError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+    @property
+    def slots_per_cohort(self) -> int:
+        return self.slots // self.cohorts
+
+
+class Finish(StrEnum):
+    """Why a chunk ended."""
+
+    STOP = "stop"  # a stop id: the normal end
+    LENGTH = "length"  # max_chunk_tokens without a stop id
+    CONTEXT = "context"  # the slot is full (max_length)
+
+
+class Sampled(NamedTuple):
+    """One chunk, as arrays over its n tokens."""
+
+    tokens: np.ndarray  # int32[n]
+    behavior_logp: np.ndarray  # float32[n], under the sampling distribution
+    raw_logp: np.ndarray  # float32[n], at temperature 1 without truncation
+    versions: np.ndarray  # int32[n]
+    finish: Finish
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What a cohort's slots hold on the device: the cache, and the logits float32[B, V] of each slot's next token."""
+
+    cache: KVCache
+    logits: jax.Array
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made. Each token is processed once: prefilled or decoded."""
+
+    turns: int = 0
+    prefilled_tokens: int = 0  # prompts and observations
+    decoded_tokens: int = 0  # sampled
+    processed_tokens: int = 0  # went through the model; the last token of a chunk only once its slot continues
+    padded_tokens: int = 0  # what appends went through the model with, padding included
+    decode_steps: int = 0
+    seconds: float = 0.0  # in `generate`, device time included
+    host_seconds: float = 0.0  # of these, outside dispatch and wait
+
+
+class DecodeEngine:
+    """Slots, caches and weights of one policy. One thread calls `generate`; `update_params` may come from another.
+
+    Args:
+      params, model_config: as for `rome.models.forward`. The engine keeps a copy, so a trainer may donate its own.
+      stop_ids: sampled as the last token of a chunk.
+      pad_id: fills unused positions of appends.
+      version: of `params`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        stop_ids: frozenset[int],
+        pad_id: int,
+        version: int = 0,
+    ) -> None:
+        outside = sorted(i for i in {*stop_ids, pad_id} if not 0 <= i < model_config.vocab_size)
+        if outside or not stop_ids:
+            raise EngineError(
+                f"stop_ids, pad_id: expected ids below {model_config.vocab_size}, found {outside or 'none'}"
+            )
+        if config.top_k > model_config.vocab_size:
+            raise EngineError(f"top_k: expected at most {model_config.vocab_size}, found {config.top_k}")
+        self.config, self.model_config, self.pad_id = config, model_config, pad_id
+        self.stats = EngineStats()
+        self.compilations = 0
+        self._weights_lock = threading.Lock()
+        self._weights = (jax.tree.map(jnp.copy, params), int(version))
+        self._stop_ids = jnp.array(sorted(stop_ids), jnp.int32)
+        rows = config.slots
+        self._held = np.zeros((rows, config.max_length), np.int32)  # the tokens in each slot's cache
+        self._lengths = np.zeros(rows, np.int64)
+        self._keys = np.zeros((rows, 2), np.uint32)
+        self._occupied = np.zeros(rows, bool)
+        self._fresh = np.zeros(rows, bool)  # inserted, not yet appended to
+        self._append = self._jit(functools.partial(_append, model_config))
+        self._decode = self._jit(functools.partial(_decode, model_config, config))
+        self._states = [self._empty_state() for _ in range(config.cohorts)]
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next turn samples from."""
+        return self._weights[1]
+
+    def update_params(self, params: Any, version: int) -> None:
+        """Swaps the weights between turns, without draining: trajectories in flight go on under the new ones.
+
+        Cached keys and values of earlier tokens stay those of the weights that computed them; `versions` tells.
+        Raises EngineError unless the version grows and shapes and dtypes stay.
+        """
+        old, current = self._weights
+        if version <= current:
+            raise EngineError(f"version: expected more than {current}, found {version}")
+        if jax.tree.map(_shape, params) != jax.tree.map(_shape, old):
+            raise EngineError("params: expected the shapes and dtypes that the engine was made with")
+        copied = jax.tree.map(jnp.copy, params)
+        with self._weights_lock:
+            self._weights = (copied, int(version))
+
+    def cohort_slots(self, cohort: int) -> range:
+        """The slots of a cohort, in order."""
+        size = self.config.slots_per_cohort
+        return range(cohort * size, (cohort + 1) * size)
+
+    def insert(self, slot: int, seed: int) -> None:
+        """Gives an empty slot to a new trajectory, whose tokens are drawn with the 64-bit `seed` as key."""
+        if self._occupied[slot]:
+            raise EngineError(f"slot {slot}: expected a free one")
+        self._occupied[slot] = self._fresh[slot] = True
+        self._lengths[slot] = 0
+        self._keys[slot] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
+
+    def free(self, slot: int) -> None:
+        """Releases a slot. Idempotent."""
+        self._occupied[slot] = False
+        self._lengths[slot] = 0
+
+    def processed(self, slot: int) -> np.ndarray:
+        """The tokens (int32[n]) that the slot's cache holds. The next delta continues exactly these."""
+        return self._held[slot, : self._lengths[slot]]
+
+    def warmup(self) -> None:
+        """Compiles every shape. Call it while no slot is in use; nothing compiles afterwards."""
+        if self._occupied.any():
+            raise EngineError("warmup: expected no slot in use")
+        rows, (params, _) = self.config.slots_per_cohort, self._weights
+        keys, idle, counts = np.zeros((rows, 2), np.uint32), np.zeros(rows, bool), np.zeros(rows, np.int32)
+        temperature = np.float32(self.config.temperature)
+        state = self._empty_state()
+        for bucket in self.config.extend_buckets:
+            tokens = np.zeros((rows, bucket), np.int32)
+            state = self._append(params, state, tokens, counts, idle)
+        _, out = self._decode(params, state, keys, idle, temperature, self._stop_ids)
+        jax.block_until_ready(out)
+
+    def generate(
+        self, cohort: int, deltas: Mapping[int, np.ndarray], temperature: float | None = None
+    ) -> dict[int, Sampled]:
+        """One turn of a cohort: appends each slot's delta, then samples one chunk for each.
+
+        Args:
+          cohort: whose slots.
+          deltas: slot → int32[m], m ≥ 1, the tokens that follow `processed(slot)`. Slots without one rest untouched.
+          temperature: overrides the config's; 0 is greedy.
+
+        Raises EngineError if a slot is not occupied, or its delta leaves no room for a token.
+        """
+        started = time.perf_counter()
+        first, rows = self.cohort_slots(cohort).start, self.config.slots_per_cohort
+        self._check_deltas(cohort, deltas)
+        with self._weights_lock:
+            params, version = self._weights
+        active = np.zeros(rows, bool)
+        active[[slot - first for slot in deltas]] = True
+        appends = self._batches(first, deltas)
+        # the first token of a continued slot's delta was sampled, not given
+        self.stats.prefilled_tokens += sum(len(delta) - (not self._fresh[slot]) for slot, delta in deltas.items())
+        prepared = time.perf_counter()
+        heat = np.float32(self.config.temperature if temperature is None else temperature)
+        keys = self._keys[first : first + rows]
+        try:
+            for append in appends:
+                self._states[cohort] = self._append(params, self._states[cohort], *append)
+            self._states[cohort], packed = self._decode(
+                params, self._states[cohort], keys, active, heat, self._stop_ids
+            )
+            packed = np.asarray(packed)  # the turn's one synchronisation
+        except BaseException:  # Ctrl-C too: the donated state is gone, and with it what the slots held
+            self._states[cohort] = self._empty_state()
+            self._occupied[first : first + rows], self._lengths[first : first + rows] = False, 0
+            raise
+        waited = time.perf_counter() - prepared
+        sampled = {slot: self._unpack(slot, delta, packed[slot - first], version) for slot, delta in deltas.items()}
+        self._account(sampled, appends, time.perf_counter() - started, waited)
+        return sampled
+
+    def _empty_state(self) -> DecodeState:
+        rows = self.config.slots_per_cohort
+        cache = init_cache(self.model_config, rows, self.config.max_length)
+        return DecodeState(cache, jnp.zeros((rows, self.model_config.vocab_size), jnp.float32))
+
+    def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def traced(*args: Any) -> Any:
+            self.compilations += 1  # runs when jit traces, that is once a compiled shape
+            return function(*args)
+
+        return jax.jit(traced, donate_argnums=1)
+
+    def _check_deltas(self, cohort: int, deltas: Mapping[int, np.ndarray]) -> None:
+        slots = self.cohort_slots(cohort)
+        for slot, delta in deltas.items():
+            if slot not in slots or not self._occupied[slot]:
+                raise EngineError(f"slot {slot}: expected an inserted one of cohort {cohort}")
+            room = self.config.max_length - self._lengths[slot]
+            if not 1 <= len(delta) < room:
+                raise EngineError(f"slot {slot}: expected a delta of 1..{room - 1} tokens, found {len(delta)}")
+
+    def _batches(self, first: int, deltas: Mapping[int, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The deltas as (tokens[B, bucket], counts[B], fresh[B]) of one or more appends of static size."""
+        rows, buckets = self.config.slots_per_cohort, self.config.extend_buckets
+        longest = max((len(delta) for delta in deltas.values()), default=0)
+        fresh = self._fresh[first : first + rows].copy()
+        batches, start = [], 0
+        while start < longest:
+            bucket = next((size for size in buckets if size >= longest - start), buckets[-1])
+            tokens = np.full((rows, bucket), self.pad_id, np.int32)
+            counts = np.zeros(rows, np.int32)
+            for slot, delta in deltas.items():
+                part = delta[start : start + bucket]
+                tokens[slot - first, : len(part)] = part
+                counts[slot - first] = len(part)
+            batches.append((tokens, counts, fresh))
+            fresh = np.zeros(rows, bool)
+            start += bucket
+        return batches
+
+    def _unpack(self, slot: int, delta: np.ndarray, packed: np.ndarray, version: int) -> Sampled:
+        """One row of `_decode`'s packed result; records what the slot's cache now holds."""
+        size = self.config.max_chunk_tokens
+        count, finish = int(packed[-2]), tuple(Finish)[packed[-1]]
+        tokens = packed[:count].copy()
+        logps = packed[size : 3 * size].view(np.float32)
+        length = int(self._lengths[slot])
+        end = length + len(delta) + count - 1
+        self._held[slot, length : length + len(delta)] = delta
+        self._held[slot, length + len(delta) : end] = tokens[:-1]
+        self._lengths[slot], self._fresh[slot] = end, False
+        versions = np.full(count, version, np.int32)
+        return Sampled(tokens, logps[:count].copy(), logps[size : size + count].copy(), versions, finish)
+
+    def _account(self, sampled: dict[int, Sampled], appends: list, seconds: float, waited: float) -> None:
+        stats = self.stats
+        lengths = [len(chunk.tokens) for chunk in sampled.values()]
+        stats.turns += 1
+        stats.decoded_tokens += sum(lengths)
+        stats.processed_tokens += sum(int(counts.sum()) for _, counts, _ in appends) + sum(lengths) - len(lengths)
+        stats.padded_tokens += sum(tokens.size for tokens, _, _ in appends)
+        stats.decode_steps += max(lengths, default=0)
+        stats.seconds += seconds
+        stats.host_seconds += seconds - waited
+
+
+def _shape(leaf: Any) -> tuple:
+    return tuple(leaf.shape), str(leaf.dtype)
+
+
+def _append(
+    model_config: ModelConfig,
+    params: Any,
+    state: DecodeState,
+    tokens: jax.Array,
+    counts: jax.Array,
+    fresh: jax.Array,
+) -> DecodeState:
+    """Appends counts[b] of tokens[B, S] to each slot; `fresh` slots start from an empty cache."""
+    logits, cache = extend(params, model_config, state.cache.reset(fresh), tokens, counts)
+    return DecodeState(cache, jnp.where(counts[:, None] > 0, logits, state.logits))
+
+
+def _decode(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    params: Any,
+    state: DecodeState,
+    keys: jax.Array,
+    active: jax.Array,
+    temperature: jax.Array,
+    stop_ids: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
+    """Samples one chunk for each active slot.
+
+    Returns the state, and int32[B, 3C + 2] for one copy to the host: tokens[C], bits of the float32 log-probs under the
+    sampling distribution[C] and raw[C], the count, and the index of the `Finish`.
+    """
+    size, rows = config.max_chunk_tokens, active.shape[0]
+
+    def sample(cache: KVCache, logits: jax.Array, live: jax.Array, step: jax.Array, out: jax.Array) -> Any:
+        drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, config.top_k, config.top_p)
+        out = jax.lax.dynamic_update_slice(out, jnp.stack([drawn, _bits(logp), _bits(raw)])[None], (step, 0, 0))
+        stopped = live & jnp.isin(drawn, stop_ids)
+        # the token just drawn stands at position `length`; one more needs the position after it
+        return out, drawn, stopped, live & ~stopped & (cache.length + 1 < config.max_length)
+
+    def going(carry: Any) -> jax.Array:
+        *_, live, step = carry
+        return live.any() & (step < size)
+
+    def body(carry: Any) -> Any:
+        cache, out, count, stopped, drawn, live, step = carry
+        logits, cache = extend(params, model_config, cache, drawn[:, None], live.astype(jnp.int32))
+        out, drawn, now, still = sample(cache, logits, live, step, out)
+        return cache, out, count + live, stopped | now, drawn, still, step + 1
+
+    out = jnp.zeros((size, 3, rows), jnp.int32)
+    out, drawn, stopped, live = sample(state.cache, state.logits, active, jnp.int32(0), out)
+    carry = (state.cache, out, active.astype(jnp.int32), stopped, drawn, live, jnp.int32(1))
+    cache, out, count, stopped, _, live, _ = jax.lax.while_loop(going, body, carry)
+    finish = jnp.where(stopped, 0, jnp.where(live, 1, 2)).astype(jnp.int32)  # the order of Finish
+    packed = out.transpose(2, 1, 0).reshape(rows, 3 * size)
+    return DecodeState(cache, state.logits), jnp.concatenate([packed, count[:, None], finish[:, None]], axis=1)
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, jnp.int32)

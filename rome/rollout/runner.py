@@ -1,0 +1,346 @@
+"""RolloutRunner: many environments in flight around one decode engine.
+
+Slots are split into cohorts that take turns: while the engine decodes one cohort, the environments of the others run
+in threads. Both modes are the same four moves on a cohort: settle (take the environments' answers), fill (give free
+slots the next trajectories), settle their resets, turn (append, decode, send the chunks to the environments).
+
+* `run` is the deterministic lockstep mode: a cohort's turn starts when *all* its environments have answered, and free
+  slots are filled in slot order. Which tokens share a batch depends on the policy and the environments alone, never on
+  timing: the same seed gives the same trajectories, bit for bit.
+* `rome.rollout.background` drives the free-running mode: a turn starts as soon as some slots are ready.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rome.envs import EnvFailure
+from rome.models import ChatRenderer
+from rome.rollout.engine import DecodeEngine
+from rome.rollout.episode import ChunkEnv, Deadlines, Episode, GroupRequest
+from rome.rollout.workers import DeadlineExceeded, EnvWorkers
+from rome.trajectory import Status, Trajectory
+
+
+class GroupDropped(RuntimeError):
+    """A group that could not be completed; says why. Kept in `RolloutStats.dropped_groups`, not raised."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Attributes:
+    env_threads: environment calls that run at once.
+    max_retries: how often a sample lost to an infrastructure failure is started again; then its group is dropped.
+    deadlines: of the environment calls.
+    gather_seconds: free-running mode only: how long a turn waits for more slots once one is ready.
+    """
+
+    env_threads: int = 16
+    max_retries: int = 3
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    gather_seconds: float = 0.005
+
+    def __post_init__(self) -> None:
+        if self.env_threads < 1:
+            raise ValueError(f"env_threads: expected at least 1, found {self.env_threads}")
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries: expected at least 0, found {self.max_retries}")
+        if self.gather_seconds < 0:
+            raise ValueError(f"gather_seconds: expected at least 0, found {self.gather_seconds}")
+
+
+@dataclass
+class RolloutStats:
+    """Counts since the runner was made.
+
+    Attributes:
+      failures: discarded episodes by `<status>/<stage>`, e.g. `timeout/step`.
+      dropped_groups: group id → why it was given up.
+      waited_seconds: the engine idle, waiting for environments.
+      hung_calls: environment calls abandoned at their deadline.
+    """
+
+    trajectories: int = 0
+    chunks: int = 0
+    truncated: int = 0
+    resampled: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    dropped_groups: dict[str, GroupDropped] = field(default_factory=dict)
+    waited_seconds: float = 0.0
+    hung_calls: int = 0
+
+
+class Group:
+    """A request and what has become of its samples."""
+
+    def __init__(self, request: GroupRequest, first_attempt: int = 0) -> None:
+        self.request = request
+        self.attempts = [first_attempt] * request.size  # of each sample, the one in flight
+        self.retries = [0] * request.size
+        self.samples: list[Trajectory | None] = [None] * request.size
+        self.dropped = False
+
+    @property
+    def complete(self) -> bool:
+        return all(sample is not None for sample in self.samples)
+
+
+class RolloutRunner:
+    """Rolls out groups of trajectories with one engine. Use one at a time; close it (or use `with`) when done.
+
+    Args:
+      engine: decode slots and weights. Its `warmup` is up to the caller.
+      renderer: tokens ↔ messages.
+      env_factory: makes a fresh environment; called in worker threads.
+      config: threads, retries and deadlines.
+    """
+
+    def __init__(
+        self,
+        engine: DecodeEngine,
+        renderer: ChatRenderer,
+        env_factory: Callable[[], ChunkEnv],
+        config: RolloutConfig | None = None,
+    ) -> None:
+        self.engine, self.renderer, self.env_factory = engine, renderer, env_factory
+        self.config = config or RolloutConfig()
+        self.stats = RolloutStats()
+        self._workers = EnvWorkers(self.config.env_threads)
+        self._slots: list[Episode | None] = [None] * engine.config.slots
+        self._queue: deque[Episode] = deque()
+        self._groups: dict[str, Group] = {}
+        self._closing: list[Episode] = []
+        self._finished: list[Group] = []
+
+    def __enter__(self) -> RolloutRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, requests: Sequence[GroupRequest], temperature: float | None = None) -> list[list[Trajectory]]:
+        """Rolls out the groups in lockstep mode, deterministically.
+
+        Args:
+          requests: with distinct group ids.
+          temperature: overrides the engine's, e.g. for an evaluation; 0 is greedy.
+
+        Returns:
+          The complete groups in the order of the requests, samples in order. Every trajectory is reliable: lost ones
+          were sampled again from the same initial state. A group that was given up is missing here and named in
+          `stats.dropped_groups`.
+        """
+        ids = [request.group_id for request in requests]
+        repeated = sorted(name for name, count in Counter(ids).items() if count > 1)
+        if repeated:
+            raise ValueError(f"requests: expected distinct group ids, found {repeated} repeatedly")
+        try:
+            for request in requests:
+                self.admit(Group(request))
+            cohorts = range(self.engine.config.cohorts)
+            for cohort in cohorts:
+                self.fill(cohort)
+            while self.busy:
+                for cohort in cohorts:
+                    self.settle(cohort)
+                    self.fill(cohort)
+                    self.settle(cohort)
+                    self.turn(cohort, temperature)
+        finally:
+            self.reset()
+        complete = {group.request.group_id: group for group in self.take_finished()}
+        return [list(complete[name].samples) for name in ids if name in complete]
+
+    # -- the moves ---------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether any trajectory is in a slot or in the queue."""
+        return bool(self._queue) or any(episode is not None for episode in self._slots)
+
+    @property
+    def in_flight(self) -> int:
+        """Groups that are admitted and not yet complete."""
+        return len(self._groups)
+
+    def admit(self, group: Group) -> None:
+        """Queues all samples of a group."""
+        self._groups[group.request.group_id] = group
+        for sample, attempt in enumerate(group.attempts):
+            self._queue.append(self._episode(group, sample, attempt))
+
+    def fill(self, cohort: int) -> None:
+        """Gives the cohort's free slots the next trajectories of the queue, in slot order, and starts their resets."""
+        deadlines = self.config.deadlines
+        for slot in self.engine.cohort_slots(cohort):
+            if self._slots[slot] is not None or not self._queue:
+                continue
+            episode = self._queue.popleft()
+            episode.slot, episode.started = slot, time.monotonic()
+            self._slots[slot] = episode
+            self.engine.insert(slot, episode.key)
+            call = functools.partial(
+                episode.open, env_factory=self.env_factory, renderer=self.renderer, deadlines=deadlines
+            )
+            episode.stage, episode.job = "reset", self._workers.submit(call, deadlines.reset, late=episode.close)
+
+    def settle(self, cohort: int, enough: int | None = None, timeout: float | None = None) -> None:
+        """Waits until `enough` (default: all) of the cohort's environment calls have ended; takes their results."""
+        waiting = [e for slot in self.engine.cohort_slots(cohort) if (e := self._slots[slot]) is not None and e.job]
+        if waiting:
+            started = time.perf_counter()
+            jobs = [episode.job for episode in waiting]
+            self._workers.wait(jobs, len(jobs) if enough is None else enough, timeout)
+            self.stats.waited_seconds += time.perf_counter() - started
+        for episode in waiting:
+            if episode.job.settled:
+                self._take(episode)
+
+    def settle_any(self, timeout: float) -> None:
+        """Waits up to `timeout` seconds until any environment call, of whatever cohort, has ended."""
+        jobs = [episode.job for episode in self._slots if episode is not None and episode.job is not None]
+        started = time.perf_counter()
+        self._workers.wait(jobs, 1, timeout)
+        self.stats.waited_seconds += time.perf_counter() - started
+
+    def ready(self, cohort: int) -> list[Episode]:
+        """The cohort's trajectories whose next chunk can be decoded, in slot order."""
+        episodes = (self._slots[slot] for slot in self.engine.cohort_slots(cohort))
+        return [episode for episode in episodes if episode is not None and episode.job is None]
+
+    def turn(self, cohort: int, temperature: float | None = None) -> None:
+        """Decodes one chunk for every ready trajectory of the cohort and sends the chunks to the environments."""
+        episodes = self.ready(cohort)
+        if not episodes:
+            return
+        started, deadlines = time.perf_counter(), self.config.deadlines
+        # asserts that what the engine holds is an exact prefix of what it is fed
+        deltas = {e.slot: e.ledger.delta(self.engine.processed(e.slot)) for e in episodes}
+        sampled = self.engine.generate(cohort, deltas, temperature)
+        seconds = time.perf_counter() - started
+        for episode in episodes:
+            chunk = sampled[episode.slot]
+            episode.generated(chunk, seconds)
+            self.stats.chunks += 1
+            call = functools.partial(
+                episode.act,
+                renderer=self.renderer,
+                deadlines=deadlines,
+                tokens=chunk.tokens,
+                index=len(episode.ledger.chunks),
+                room=episode.ledger.room - len(chunk.tokens),
+            )
+            episode.stage, episode.job = "step", self._workers.submit(call, deadlines.step, late=episode.close)
+
+    def take_finished(self) -> list[Group]:
+        """The groups completed since the last call, in order of completion."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def unfinished(self) -> list[GroupRequest]:
+        """The requests still in flight."""
+        return [group.request for group in self._groups.values()]
+
+    def reset(self) -> None:
+        """Abandons everything in flight and closes every environment. Never blocks longer than the close deadline."""
+        for episode in self._slots:
+            if episode is not None:
+                self._release(episode)
+        self._queue.clear()
+        self._groups.clear()
+        self._reap(wait=True)
+
+    def close(self) -> None:
+        """Closes every environment and ends the worker threads. Idempotent."""
+        self.reset()
+        self._workers.close()
+
+    # -- one episode -------------------------------------------------------------------------------------------------
+
+    def _episode(self, group: Group, sample: int, attempt: int) -> Episode:
+        return Episode(group.request, sample, attempt, self.engine.config.max_length)
+
+    def _take(self, episode: Episode) -> None:
+        """Takes the result of the episode's settled environment call."""
+        if self._slots[episode.slot] is not episode:
+            return  # released a moment ago, with its group
+        group, job = self._groups[episode.request.group_id], episode.job
+        if job.error is not None:
+            self._lost(group, episode, job.error)
+        elif episode.stage == "reset":
+            if not episode.opened(job.value):
+                self._drop(group, f"the prompt leaves no room in max_length={self.engine.config.max_length} tokens")
+            episode.job = None
+        else:
+            trajectory = episode.answered(self.renderer, job.value)
+            episode.job = None
+            if trajectory is not None:
+                self._release(episode)
+                self._record(group, episode.sample, trajectory)
+
+    def _record(self, group: Group, sample: int, trajectory: Trajectory) -> None:
+        group.samples[sample] = trajectory
+        self.stats.trajectories += 1
+        self.stats.truncated += trajectory.status is Status.TRUNCATED
+        if group.complete:
+            del self._groups[group.request.group_id]
+            self._finished.append(group)
+
+    def _lost(self, group: Group, episode: Episode, error: BaseException) -> None:
+        """Discards an episode that says nothing about the policy, and starts its sample again."""
+        if isinstance(error, EnvFailure):
+            status = Status(error.status)
+        elif isinstance(error, DeadlineExceeded):
+            status = Status.TIMEOUT
+            self.stats.hung_calls += 1
+        elif isinstance(error, OSError):
+            status = Status.INFRA_FAILURE
+        else:
+            raise error  # a bug, in the environment or here: never hidden behind retries
+        self.stats.failures[f"{status.value}/{episode.stage}"] += 1
+        self._release(episode)
+        sample = episode.sample
+        if group.retries[sample] >= self.config.max_retries:
+            reason = f"sample {sample} was lost {group.retries[sample] + 1} times, last in {episode.stage}: {error}"
+            self._drop(group, reason, error)
+            return
+        group.retries[sample] += 1
+        group.attempts[sample] += 1
+        self.stats.resampled += 1
+        self._queue.appendleft(self._episode(group, sample, group.attempts[sample]))
+
+    def _drop(self, group: Group, reason: str, cause: BaseException | None = None) -> None:
+        """Gives a group up: its other samples are aborted."""
+        name = group.request.group_id
+        dropped = GroupDropped(f"group {name}: {reason}")
+        dropped.__cause__ = cause
+        self.stats.dropped_groups[name] = dropped
+        del self._groups[name]
+        self._queue = deque(episode for episode in self._queue if episode.request is not group.request)
+        for episode in self._slots:
+            if episode is not None and episode.request is group.request:
+                self.stats.failures[f"{Status.ABORTED.value}/{episode.stage}"] += 1
+                self._release(episode)
+
+    def _release(self, episode: Episode) -> None:
+        """Frees the slot and closes the environment, in a worker."""
+        if episode.job is not None:
+            self._workers.abandon([episode.job])
+        self.engine.free(episode.slot)
+        self._slots[episode.slot] = None
+        episode.job = self._workers.submit(lambda job: episode.close(), self.config.deadlines.close)
+        self._closing.append(episode)
+        self._reap()
+
+    def _reap(self, wait: bool = False) -> None:
+        """Forgets environments that are closed; a close that failed or hung is counted."""
+        if wait:
+            self._workers.wait([episode.job for episode in self._closing], len(self._closing))
+        for episode in self._closing:
+            if episode.job.settled and episode.job.error is not None:
+                self.stats.failures[f"{type(episode.job.error).__name__}/close"] += 1
+        self._closing = [episode for episode in self._closing if not episode.job.settled]

@@ -1,0 +1,60 @@
+"""Drawing one token a row: temperature, top-k, top-p, and the log-prob under exactly that distribution."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def sample_tokens(
+    logits_BxV: jax.Array,
+    keys_Bx2: jax.Array,
+    positions_B: jax.Array,
+    temperature: jax.Array,
+    top_k: int,
+    top_p: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Samples one token a row, each with a key of its own.
+
+    The key of a draw is `fold_in(trajectory key, absolute position of the token)`: what is drawn depends on the
+    trajectory alone, never on the slot, the batch or the time.
+
+    Args:
+      logits_BxV: float32.
+      keys_Bx2: uint32, the raw threefry key of each row's trajectory.
+      positions_B: int32, where in its trajectory the token will stand.
+      temperature: float32 scalar; 0 is greedy (argmax), whose point mass has log-prob 0.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of the most likely tokens, after temperature and top_k, that has at least this mass.
+
+    Returns:
+      tokens int32[B]; their log-prob float32[B] under the distribution they were drawn from (the paper's μ); and their
+      raw log-prob float32[B] (temperature 1, no truncation). The two agree when temperature = top_p = 1, top_k = 0.
+    """
+    logits_BxV = logits_BxV.astype(jnp.float32)
+    greedy = temperature <= 0
+    scaled_BxV = logits_BxV / jnp.where(greedy, 1.0, temperature)
+    if top_k or top_p < 1:
+        scaled_BxV, candidates_BxK = jax.lax.top_k(scaled_BxV, top_k or logits_BxV.shape[-1])
+        mass_BxK = jax.nn.softmax(scaled_BxV)
+        before_BxK = jnp.cumsum(mass_BxK, axis=-1) - mass_BxK
+        before_BxK = before_BxK.at[:, 0].set(0.0)  # the most likely token always stays
+        scaled_BxV = jnp.where(before_BxK < top_p, scaled_BxV, -jnp.inf)
+    drawn_B = jax.vmap(_draw)(keys_Bx2, positions_B, scaled_BxV)
+    drawn_B = jnp.where(greedy, jnp.argmax(scaled_BxV, axis=-1), drawn_B)
+    logp_B = jnp.where(greedy, 0.0, _log_prob(scaled_BxV, drawn_B))
+    tokens_B = _pick(candidates_BxK, drawn_B) if top_k or top_p < 1 else drawn_B
+    return tokens_B.astype(jnp.int32), logp_B, _log_prob(logits_BxV, tokens_B)
+
+
+def _draw(key_2: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), position)
+    return jax.random.categorical(key, logits_V)
+
+
+def _pick(values_BxV: jax.Array, index_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values_BxV, index_B[:, None], axis=-1)[:, 0]
+
+
+def _log_prob(logits_BxV: jax.Array, index_B: jax.Array) -> jax.Array:
+    return _pick(logits_BxV, index_B) - jax.nn.logsumexp(logits_BxV, axis=-1)
