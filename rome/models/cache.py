@@ -8,10 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rome.models.attention import MASKED
 from rome.models.config import ModelConfig
 from rome.models.params import Params
 from rome.models.transformer import (
-    _MASKED,
     decoder_layer,
     embed,
     layer_params,
@@ -66,7 +66,7 @@ def extend(
     # an index out of bounds is dropped by the scatter below
     columns = jnp.where(offsets < counts[:, None], positions, cache.max_length)
     rope = rope_tables(positions, config)
-    bias_BxSxL = jnp.where(jnp.arange(cache.max_length) <= positions[..., None], 0.0, _MASKED)
+    bias_BxSxL = jnp.where(jnp.arange(cache.max_length) <= positions[..., None], 0.0, MASKED)
 
     x = embed(params, config, tokens)
     keys, values = [], []
@@ -86,15 +86,17 @@ def extend(
     return logits, KVCache(tuple(keys), tuple(values), cache.length + counts)
 
 
-def _write(cache_BxKxLxh: jax.Array, new_BxSxKxh: jax.Array, columns_BxS: jax.Array) -> jax.Array:
+def _write(cache_BxKxLxh: jax.Array, new_BxKxSxh: jax.Array, columns_BxS: jax.Array) -> jax.Array:
     rows = jnp.arange(cache_BxKxLxh.shape[0])[:, None]
-    return cache_BxKxLxh.at[rows, :, columns_BxS].set(new_BxSxKxh.astype(cache_BxKxLxh.dtype), mode="drop")
+    new_BxSxKxh = jnp.swapaxes(new_BxKxSxh, 1, 2).astype(cache_BxKxLxh.dtype)
+    return cache_BxKxLxh.at[rows, :, columns_BxS].set(new_BxSxKxh, mode="drop")
 
 
-def _attend_cache(q_BxSxHxh: jax.Array, keys: jax.Array, values: jax.Array, bias_BxSxL: jax.Array) -> jax.Array:
-    batch, new, heads, head_dim = q_BxSxHxh.shape
-    q = q_BxSxHxh.reshape(batch, new, keys.shape[1], -1, head_dim)
-    scores = jnp.einsum("bskgh,bklh->bksgl", q, keys, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(scores * head_dim**-0.5 + bias_BxSxL[:, None, :, None], axis=-1)
-    mixed = jnp.einsum("bksgl,bklh->bskgh", probs.astype(values.dtype), values)
-    return mixed.reshape(batch, new, heads, head_dim)
+def _attend_cache(q: jax.Array, keys: jax.Array, values: jax.Array, bias_BxSxL: jax.Array) -> jax.Array:
+    """q [B, K, G, S, h] over keys and values [B, K, L, h]."""
+    batch, kv_heads, groups, new, head_dim = q.shape
+    flat = q.reshape(batch, kv_heads, groups * new, head_dim)
+    scores = jnp.einsum("bkmh,bklh->bkml", flat, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, groups, new, -1) + bias_BxSxL[:, None, None]
+    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(batch, kv_heads, groups * new, -1)
+    return jnp.einsum("bkml,bklh->bkmh", probs, values).reshape(q.shape)

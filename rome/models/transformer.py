@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rome.models.attention import packed_attention
 from rome.models.config import ModelConfig
 from rome.models.moe import Experts, moe_mlp
 from rome.models.params import Params
-
-_MASKED = -1e30  # finite: a row without any key stays free of NaN
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -37,47 +36,33 @@ def rope_tables(positions_BxT: jax.Array, config: ModelConfig) -> tuple[jax.Arra
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x_BxTxHxh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_BxHxTxh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the pairs (i, i + h/2) (the half-split convention of Llama and Qwen checkpoints)."""
-    cos, sin = (table[:, :, None, :] for table in rope)
-    first, second = jnp.split(x_BxTxHxh.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (table[:, None] for table in rope)
+    first, second = jnp.split(x_BxHxTxh.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxTxHxh.dtype)
-
-
-def attend_packed(segment_ids_BxT: jax.Array, config: ModelConfig) -> Attend:
-    """Causal attention inside each segment of packed rows; the causal order is that of the row."""
-    length = segment_ids_BxT.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    mask_BxTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]) & causal
-    bias_BxTxT = jnp.where(mask_BxTxT, 0.0, _MASKED)
-    groups = config.num_heads // config.num_kv_heads
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        batch, time, _, head_dim = q.shape
-        q = q.reshape(batch, time, config.num_kv_heads, groups, head_dim)
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-        probs = jax.nn.softmax(scores * head_dim**-0.5 + bias_BxTxT[:, None, None], axis=-1)
-        mixed = jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v)
-        return mixed.reshape(batch, time, config.num_heads, head_dim), None
-
-    return attend
+    return rotated.astype(x_BxHxTxh.dtype)
 
 
 def decoder_layer(
     x_BxTxD: jax.Array, layer: Params, config: ModelConfig, rope: tuple[jax.Array, jax.Array], attend: Attend
 ) -> tuple[jax.Array, Any]:
-    """One pre-norm block. ``attend`` mixes tokens (over a packed row, or over a cache) and may return new state."""
+    """One pre-norm block. ``attend`` mixes tokens (over a packed row, or over a cache) and may return new state.
+
+    It gets queries [B, K, G, T, h], keys and values [B, K, T, h], and gives mixed values in the shape of the queries.
+    """
     dtype, eps = x_BxTxD.dtype, config.rms_norm_eps
     layer = jax.tree.map(lambda w: w.astype(dtype), layer)
     y = rms_norm(x_BxTxD, layer["attention_norm"], eps)
-    q = jnp.einsum("btd,dnh->btnh", y, layer["wq"])
-    k = jnp.einsum("btd,dnh->btnh", y, layer["wk"])
-    v = jnp.einsum("btd,dnh->btnh", y, layer["wv"])
+    q = jnp.einsum("btd,dnh->bnth", y, layer["wq"])
+    k = jnp.einsum("btd,dnh->bnth", y, layer["wk"])
+    v = jnp.einsum("btd,dnh->bnth", y, layer["wv"])
     if config.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], eps), rms_norm(k, layer["k_norm"], eps)
-    mixed, state = attend(apply_rope(q, rope), apply_rope(k, rope), v)
-    x = x_BxTxD + jnp.einsum("btnh,nhd->btd", mixed, layer["wo"])
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    batch, _, time, head_dim = q.shape
+    mixed, state = attend(q.reshape(batch, config.num_kv_heads, -1, time, head_dim), k, v)
+    x = x_BxTxD + jnp.einsum("bnth,nhd->btd", mixed.reshape(q.shape), layer["wo"])
     return x + mlp(rms_norm(x, layer["mlp_norm"], eps), layer, config), state
 
 
@@ -104,7 +89,9 @@ def hidden_states(
 ) -> jax.Array:
     """Final normalised hidden states [B, T, D] in ``config.dtype``. Arguments as in `forward`."""
     rope = rope_tables(positions, config)
-    attend = attend_packed(segment_ids, config)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return packed_attention(q, k, v, segment_ids), None
 
     def step(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         return decoder_layer(x, layer, config, rope, attend)
