@@ -73,9 +73,10 @@ _IPA: tuple[tuple[str, str, str, tuple[tuple[str, str], ...], bool], ...] = (
         "staleness",
         "Staleness",
         "policy versions between sampling and training",
-        (("buffer/staleness_mean", "mean"), ("buffer/staleness_max", "max"), ("buffer/dropped_stale", "dropped")),
+        (("buffer/staleness_mean", "mean"), ("buffer/staleness_max", "max")),
         False,
     ),
+    ("dropped", "Dropped samples", "too stale to train on", (("buffer/dropped_stale", "dropped"),), False),
     ("speed", "Decoding speed", "tokens a second", (("rollout/tokens_per_second", "tokens/s"),), False),
     ("chunks", "Episode length", "chunks a trajectory", (("rollout/chunks_mean", "chunks"),), False),
 )

@@ -100,6 +100,8 @@ def _pick(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
 def _trajectory(trajectory: Trajectory, notes: Any, decode: Decode | None) -> dict[str, Any]:
     notes = notes if isinstance(notes, dict) else {}
     task = trajectory.task
+    # Texts are empty for commands that print nothing, too: only a trajectory without any text gets it from its tokens.
+    context = decode if not trajectory.prompt.text else None
     return {
         "id": trajectory.id,
         "group": trajectory.group_id,
@@ -113,9 +115,9 @@ def _trajectory(trajectory: Trajectory, notes: Any, decode: Decode | None) -> di
         "prefix": trajectory.prefix_chunks,
         "positive": notes.get("positive") if isinstance(notes.get("positive"), bool) else None,
         "timings": {str(name): number(value) for name, value in trajectory.timings.items()},
-        "prompt": _observation(trajectory.prompt, decode),
+        "prompt": _observation(trajectory.prompt, context),
         "chunks": [_chunk(chunk, k, trajectory, notes, decode) for k, chunk in enumerate(trajectory.chunks)],
-        "observations": [_observation(observation, decode) for observation in trajectory.observations],
+        "observations": [_observation(observation, context) for observation in trajectory.observations],
     }
 
 
