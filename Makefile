@@ -62,9 +62,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUN_STAMP): setup.py | $(BIN)/python
+	@echo "installing into $(VENV) (a few minutes, once)"
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e .
 	@touch $@
 
 $(DEV_STAMP): setup.py | $(BIN)/python
+	@echo "installing into $(VENV) (a few minutes, once)"
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
 	@touch $@ $(RUN_STAMP)
