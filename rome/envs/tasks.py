@@ -75,7 +75,7 @@ class HarborTask:
     env: Mapping[str, str] = field(default_factory=dict)
     solution: str = ""
     programs: tuple[str, ...] = ()
-    """Absolute paths of programs that the sandbox must have beyond the shell and coreutils."""
+    """Names of programs that the sandbox must have beyond the shell and coreutils."""
 
 
 def load_task(path: str | Path) -> HarborTask:

@@ -96,7 +96,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     programs: ClassVar[tuple[str, ...]] = ()
-    """What the sandbox needs beyond the shell and coreutils, as absolute paths."""
+    """Programs that the sandbox needs beyond the shell and coreutils."""
 
     @abstractmethod
     def build(self, draw: Draw, steps: int) -> Draft:

@@ -108,11 +108,11 @@ class FindChecksum(Family):
         def visit(name: str) -> Visit:
             numbers = [draw.code() for _ in range(3)]
             corrupt = draw.pick(numbers)
-            files = {f"{number}.dat": draw.code() for number in numbers}
+            files = {number: draw.code() for number in numbers}
             sums = {file: sha256(f"{content}\n".encode()).hexdigest() for file, content in files.items()}
-            files[f"{corrupt}.dat"] = draw.code()
+            files[corrupt] = draw.code()
             files[name] = "\n".join(f"{digest}  {file}" for file, digest in sums.items())
-            shows = "\n".join(f"{n}.dat: {'FAILED' if n == corrupt else 'OK'}" for n in numbers)
+            shows = "\n".join(f"{n}: {'FAILED' if n == corrupt else 'OK'}" for n in numbers)
             # The pipe hides sha256sum's exit status: finding what is corrupt is no failed command.
             look = f"sha256sum -c {name} 2>/dev/null | cat"
             wrong = tuple(f"echo {n} >> answer.txt" for n in numbers if n != corrupt)
@@ -155,7 +155,7 @@ class FixFunction(Family):
     """The test shows the first wrong result and the functions it came through; the fault is in the innermost one."""
 
     name = "fix_function"
-    programs = ("/usr/bin/python3",)
+    programs = ("python3",)
 
     def build(self, draw: Draw, steps: int) -> Draft:
         cases, files, checks, taken = [], {}, [], []
