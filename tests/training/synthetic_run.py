@@ -25,7 +25,7 @@ def metrics_records(rng: np.random.Generator, ipa_steps: int) -> list[dict]:
 
     def evaluate(step: int, stage: str, level: float) -> None:
         rates = {f"eval/success/{name}": min(1.0, level * (0.7 + 0.2 * i)) for i, name in enumerate(FAMILIES)}
-        rates |= {f"eval/success_h/{h}": min(1.0, level * (1.5 - 0.2 * i)) for i, h in enumerate(HORIZONS)}
+        rates |= {f"eval/success_h/{h}": float(np.clip(level * (1.5 - 0.2 * i), 0, 1)) for i, h in enumerate(HORIZONS)}
         add(step, stage, 8.0, eval__success=level, eval__success_low=level - 0.06, eval__success_high=level + 0.06)
         records[-1] |= {**rates, "eval/episodes": 256.0, "eval/chunks_mean": 4.2}
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from synthetic_run import FAMILIES, write_run
 
+from rome.models import TokenizerError, train_tokenizer
 from rome.training.report import write_report
 from rome.training.report.charts import build_charts, smooth
 from rome.training.report.data import before_and_after, stage_seconds, token_pieces
@@ -124,6 +125,22 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
     assert [step["step"] for step in data["steps"]] == [10, 20]
     assert data["steps"][0]["trajectories"][0]["chunks"][0]["return"] is None
     assert any(chart["key"] == "success" for chart in data["charts"])
+
+
+def test_saved_tokenizer_shows_the_tokens_and_a_wrong_one_is_named(tmp_path):
+    run = write_run(tmp_path / "run", ipa_steps=4)
+    tokenizer = train_tokenizer(["ls notes", "cat a.txt"], 300)
+    tokenizer.save(run / "tokenizer")
+    chunk = page_data(write_report(run))["steps"][0]["trajectories"][0]["chunks"][0]
+    assert len(chunk["pieces"]) == len(chunk["ids"])
+    assert "".join(chunk["pieces"]) == tokenizer.decode(chunk["ids"])
+
+    def too_small(ids):
+        raise TokenizerError("id: expected 0..3")
+
+    path = write_report(run, too_small)
+    assert "cannot decode its tokens: id: expected 0..3" in path.read_text(encoding="utf-8")
+    assert page_data(path)["steps"][0]["trajectories"][0]["chunks"][0]["pieces"] is None
 
 
 def test_missing_run_directory_is_an_error(tmp_path):

@@ -78,12 +78,17 @@ def _read_step(path: Path, decode: Decode | None, count: int, problems: list[str
     sidecar = _read_json(path.with_suffix(".json"), problems)
     notes = sidecar if isinstance(sidecar, dict) else {}
     shown = _pick(trajectories, count)
+    try:
+        values = [_trajectory(trajectory, notes.get(trajectory.id), decode) for trajectory in shown]
+    except ValueError as error:  # tokens that this tokenizer does not have
+        problems.append(f"{path.name}: cannot decode its tokens: {error}")
+        values = [_trajectory(trajectory, notes.get(trajectory.id), None) for trajectory in shown]
     digits = path.stem.removeprefix("step_")
     return {
         "step": int(digits) if digits.isdigit() else digits,
         "total": len(trajectories),
         "successes": sum(trajectory.succeeded for trajectory in trajectories),
-        "trajectories": [_trajectory(trajectory, notes.get(trajectory.id), decode) for trajectory in shown],
+        "trajectories": values,
     }
 
 

@@ -166,19 +166,21 @@ def _tiles(run: Run) -> str:
 
 def _results(run: Run) -> str:
     before, after = before_and_after(run.records)
-    tables = [
+    found = list(_evaluations_in(run.result))
+    summary = _summary(before, after, found)
+    bars = _cards(
         _bars("By family", breakdown(before, "eval/success"), breakdown(after, "eval/success")),
         _bars("By horizon", breakdown(before, "eval/success_h"), breakdown(after, "eval/success_h"), "h "),
-    ]
-    found = list(_evaluations_in(run.result))
-    tables += [_cells(name, value["cells"]) for name, value in found if isinstance(value.get("cells"), dict)]
-    summary = _summary(before, after, found)
-    grid = "".join(f'<section class="card">{table}</section>' for table in tables if table)
-    return (
-        (summary + f'<div class="grid results">{grid}</div>')
-        if summary or grid
-        else _empty("No evaluation yet. It appears here as soon as a record with eval/success is written.")
     )
+    heat = _cards(*(_cells(name, _rows(value.get("cells"))) for name, value in found))
+    return (summary + bars + heat) or _empty(
+        "No evaluation yet. It appears here as soon as a record with eval/success is written."
+    )
+
+
+def _cards(*contents: str) -> str:
+    cards = "".join(f'<section class="card">{content}</section>' for content in contents if content)
+    return f'<div class="grid results">{cards}</div>' if cards else ""
 
 
 def _summary(before: Record | None, after: Record | None, found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -230,20 +232,23 @@ def _bar(name: str, before: float | None, now: float) -> str:
     )
 
 
-def _cells(name: str, cells: Mapping[str, Any]) -> str:
+def _rows(cells: Any) -> dict[str, dict[str, Any]]:
+    return {name: row for name, row in cells.items() if isinstance(row, dict)} if isinstance(cells, dict) else {}
+
+
+def _cells(name: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Family × horizon as a heat table."""
-    rows = {family: row for family, row in cells.items() if isinstance(row, dict)}
     columns = sorted({column for row in rows.values() for column in row}, key=natural)
     if not rows or not columns:
         return ""
-    head = "".join(f"<th>h {escape(column)}</th>" for column in columns)
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         f"<tr><th>{escape(family)}</th>{''.join(_heat(number(row.get(column))) for column in columns)}</tr>"
         for family, row in rows.items()
     )
     return (
         f"<h3>Family × horizon <small>{escape(name)}</small></h3>"
-        f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
+        f'<table class="heat"><thead><tr><th>horizon</th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
 
 
