@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from rome.ipa.batch import PolicyBatch
 from rome.ipa.config import ObjectiveConfig
-from rome.ipa.ratios import importance_ratio
-from rome.ipa.units import num_units, to_tokens, unit_ids, unit_mean, unit_size, unit_sum
+from rome.ipa.ratios import bounded_exp
+from rome.ipa.units import to_tokens, unit_ids, unit_sum
 
 COUNT_OF = {"token": "train/tokens", "chunk": "train/chunks", "trajectory": "train/trajectories"}
 """The metric that counts the units of each level."""
 
-SPREAD = ("mean", "min", "max")
+LEVELS = tuple(COUNT_OF)
+
+
+def _count(present: Array) -> Array:
+    """How many units are present; as below, over the last two axes."""
+    return jnp.sum(present, axis=(-2, -1), dtype=jnp.float32)
+
+
+def _mean(values: Array, present: Array) -> Array:
+    return jnp.sum(jnp.where(present, values, 0.0), axis=(-2, -1)) / jnp.maximum(_count(present), 1.0)
+
+
+def _lowest(values: Array, present: Array) -> Array:
+    lowest = jnp.min(jnp.where(present, values, jnp.inf), axis=(-2, -1))
+    return jnp.where(_count(present) > 0, lowest, 1.0)
+
+
+def _highest(values: Array, present: Array) -> Array:
+    highest = jnp.max(jnp.where(present, values, -jnp.inf), axis=(-2, -1))
+    return jnp.where(_count(present) > 0, highest, 1.0)
+
+
+SPREAD = {"mean": _mean, "min": _lowest, "max": _highest}
 
 WEIGHTS = {
     "train/positive_fraction": "train/trajectories",
@@ -44,31 +67,50 @@ def policy_metrics(
 
     Means of a batch without units are 0, its min and max are 1.
     """
-    logp = lax.stop_gradient(logp)
-    trained = unit_ids(sampled, "token") >= 0
-    finite = jnp.isfinite(logp) & jnp.isfinite(reference) & jnp.isfinite(sampled.old_logp + sampled.behavior_logp)
-    metrics: dict[str, Array] = {}
-    for level, count in COUNT_OF.items():
-        ids, units = unit_ids(sampled, level), num_units(sampled, level)
-        readable, present = jnp.where(finite, ids, -1), unit_size(ids, units) > 0
-        metrics[count] = _count(present)
-        metrics |= _spread(f"ratio/{level}", importance_ratio(logp, reference, readable, units), present)
-        mismatch = importance_ratio(sampled.old_logp, sampled.behavior_logp, readable, units)
-        metrics |= _spread(f"mismatch/{level}", mismatch, present)
-        metrics[f"mask/{level}_dropped"] = _mean(unit_sum(kept, ids, units) == 0, present)
+    trained, chunk = unit_ids(sampled, "token") >= 0, unit_ids(sampled, "chunk")
+    drift, mismatch = lax.stop_gradient(logp) - reference, sampled.old_logp - sampled.behavior_logp
+    finite = trained & jnp.isfinite(drift) & jnp.isfinite(mismatch)
+    of_token = (
+        trained,
+        finite,
+        jnp.where(finite, drift, 0.0),
+        jnp.where(finite, mismatch, 0.0),
+        kept,
+        to_tokens(sampled.positive, chunk, False),
+        to_tokens(sampled.returns, chunk, 0.0),
+    )
+    of_token = jnp.stack([values.astype(jnp.float32) for values in of_token])  # [S, B, T]
+    ids = jnp.stack([unit_ids(sampled, level) for level in LEVELS])  # [L, B, T]
+    units = max(trained.shape[1], sampled.returns.shape[1])
+    sums = jax.vmap(jax.vmap(unit_sum, (None, 0, None)), (0, None, None))(of_token, ids, units)  # [S, L, B, U]
+    size, readable, drift, mismatch, left, positive, returns = sums
 
-    chunk_present = unit_size(unit_ids(sampled, "chunk"), num_units(sampled, "chunk")) > 0
-    positive = to_tokens(sampled.positive, unit_ids(sampled, "chunk"), False)
-    metrics |= _clipping(logp, reference, sampled, finite, positive, config)
-    metrics["train/return_mean"] = _mean(sampled.returns, chunk_present)
-    ids, units = unit_ids(sampled, "trajectory"), num_units(sampled, "trajectory")
-    metrics["train/positive_fraction"] = _mean(unit_mean(positive, ids, units), unit_size(ids, units) > 0)
-    metrics["train/kept_tokens"] = _count(kept)
-    metrics["train/imitation_tokens"] = _count(unit_ids(expert, "token") >= 0)
-    metrics["train/nonfinite_tokens"] = _count(trained & ~finite)
-    left = metrics["train/kept_tokens"] + metrics["train/imitation_tokens"]
-    metrics["train/nothing_to_train"] = (left == 0).astype(jnp.float32)
-    return metrics
+    present, readable = size > 0, jnp.maximum(readable, 1.0)
+    ratio, mismatch = bounded_exp(drift / readable), bounded_exp(mismatch / readable)
+    count, dropped = _count(present), _mean(left == 0, present)  # [L]
+    spreads = {
+        f"{kind}/{{}}_{stat}": f(values, present)
+        for kind, values in (("ratio", ratio), ("mismatch", mismatch))
+        for stat, f in SPREAD.items()
+    }
+    metrics = {}
+    for i, level in enumerate(LEVELS):
+        metrics |= {COUNT_OF[level]: count[i], f"mask/{level}_dropped": dropped[i]}
+        metrics |= {name.format(level): values[i] for name, values in spreads.items()}
+
+    weighed = present & ((positive == 0) | (config.ratio_on == "all")) & (config.ratio_level != "none")
+    at = LEVELS.index(config.ratio_level) if config.ratio_level in LEVELS else 0
+    nothing_left = ~jnp.any(kept) & ~jnp.any(unit_ids(expert, "token") >= 0)
+    return metrics | {
+        "train/ratio_units": _count(weighed)[at],
+        "ratio/clipped_fraction": _mean(ratio > 1.0, weighed)[at],
+        "train/positive_fraction": _mean(positive > 0, present)[LEVELS.index("trajectory")],
+        "train/return_mean": _mean(returns / jnp.maximum(size, 1.0), present)[LEVELS.index("chunk")],
+        "train/kept_tokens": jnp.sum(kept, dtype=jnp.float32),
+        "train/imitation_tokens": jnp.sum(unit_ids(expert, "token") >= 0, dtype=jnp.float32),
+        "train/nonfinite_tokens": jnp.sum(trained & ~finite, dtype=jnp.float32),
+        "train/nothing_to_train": nothing_left.astype(jnp.float32),
+    }
 
 
 def merge_metrics(stacked: dict[str, Array]) -> dict[str, Array]:
@@ -87,43 +129,7 @@ def _merge(name: str, values: Array, stacked: dict[str, Array]) -> Array:
         return jnp.sum(values)
     weight = stacked[WEIGHTS[name]]
     if name.endswith("_min"):
-        return _lowest(values, weight > 0)
+        return _lowest(values[None], weight[None] > 0)
     if name.endswith("_max"):
-        return _highest(values, weight > 0)
+        return _highest(values[None], weight[None] > 0)
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)
-
-
-def _clipping(
-    logp: Array, reference: Array, sampled: PolicyBatch, finite: Array, positive: Array, config: ObjectiveConfig
-) -> dict[str, Array]:
-    """The fraction of the ratio units that `ratio_on` applies to whose ratio is clipped (rho > 1), and their number."""
-    if config.ratio_level == "none":
-        return {"train/ratio_units": jnp.float32(0), "ratio/clipped_fraction": jnp.float32(0)}
-    ids, units = unit_ids(sampled, config.ratio_level), num_units(sampled, config.ratio_level)
-    applies = unit_size(ids if config.ratio_on == "all" else jnp.where(positive, -1, ids), units) > 0
-    ratio = importance_ratio(logp, reference, jnp.where(finite, ids, -1), units)
-    return {"train/ratio_units": _count(applies), "ratio/clipped_fraction": _mean(ratio > 1.0, applies)}
-
-
-def _count(present: Array) -> Array:
-    return jnp.sum(present, dtype=jnp.float32)
-
-
-def _mean(values: Array, present: Array) -> Array:
-    return jnp.sum(jnp.where(present, values, 0.0), dtype=jnp.float32) / jnp.maximum(_count(present), 1.0)
-
-
-def _lowest(values: Array, present: Array) -> Array:
-    return jnp.where(jnp.any(present), jnp.min(values, where=present, initial=jnp.inf), 1.0)
-
-
-def _highest(values: Array, present: Array) -> Array:
-    return jnp.where(jnp.any(present), jnp.max(values, where=present, initial=0.0), 1.0)
-
-
-def _spread(name: str, ratios: Array, present: Array) -> dict[str, Array]:
-    return {
-        f"{name}_mean": _mean(ratios, present),
-        f"{name}_min": _lowest(ratios, present),
-        f"{name}_max": _highest(ratios, present),
-    }

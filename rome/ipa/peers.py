@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rome.ipa.batch import PolicyBatch
-from rome.ipa.ratios import MAX_LOG_RATIO, importance_ratio
+from rome.ipa.ratios import bounded_exp, importance_ratio
 from rome.ipa.returns import chunk_returns
 from rome.ipa.units import num_units, to_tokens, unit_count, unit_ids, unit_size, unit_sum
 
@@ -98,7 +98,7 @@ def tis_sequence(
     Stability: Demystifying RL Collapse from the Training-Inference Mismatch"."""
     ids, units = unit_ids(batch, "trajectory"), num_units(batch, "trajectory")
     log_product = unit_sum(batch.old_logp - batch.behavior_logp, ids, units)
-    weight = jnp.minimum(jnp.exp(jnp.clip(log_product, -MAX_LOG_RATIO, MAX_LOG_RATIO)), cap)
+    weight = jnp.minimum(bounded_exp(log_product), cap)
     gain = _surrogate(_ratio(logp, batch.old_logp, batch, "token"), _advantages(batch), clip_low, clip_high)
     return _token_mean(lax.stop_gradient(to_tokens(weight, ids, 0.0)) * gain, batch, total)
 

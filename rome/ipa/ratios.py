@@ -12,7 +12,11 @@ from jax import Array
 from rome.ipa.units import unit_mean
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 before exp, so that no ratio overflows [ours]."""
+
+
+def bounded_exp(log_ratio: Array) -> Array:
+    """exp of a log-ratio clamped to +-20, so that no ratio overflows [ours]."""
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def unit_log_ratio_mean(logp: Array, old_logp: Array, unit_ids: Array, num_units: int) -> Array:
@@ -25,8 +29,7 @@ def importance_ratio(logp: Array, old_logp: Array, unit_ids: Array, num_units: i
 
     Returns float32[B, U]; 1 for empty units.
     """
-    log_ratio = unit_log_ratio_mean(logp, old_logp, unit_ids, num_units)
-    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return bounded_exp(unit_log_ratio_mean(logp, old_logp, unit_ids, num_units))
 
 
 def mismatch_mask(
@@ -38,6 +41,6 @@ def mismatch_mask(
     infinite was not measured, and is dropped [ours]. Returns bool[B, U]; empty units have ratio 1.
     """
     log_ratio = unit_log_ratio_mean(old_logp, behavior_logp, unit_ids, num_units)
-    ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    ratio = bounded_exp(log_ratio)
     keep = jnp.isfinite(log_ratio) & (ratio <= upper)
     return keep if lower is None else keep & (ratio >= lower)
