@@ -1,0 +1,51 @@
+"""rock_env: secure sandboxes for agents. `Sandbox.start(SandboxSpec(...))`, then run commands, move files, snapshot, fork."""
+
+from rock_env.backend import CAPABILITIES, Backend, get_backend, register_backend
+from rock_env.bubblewrap import BubblewrapBackend
+from rock_env.errors import (
+    BackendUnavailable,
+    FileError,
+    LimitExceeded,
+    LimitNotEnforceable,
+    RequestTimeout,
+    RockError,
+    SandboxDead,
+    SandboxNotFound,
+    SpecError,
+)
+from rock_env.sandbox import Sandbox, Session, Snapshot
+from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
+
+register_backend("bubblewrap", BubblewrapBackend)
+
+
+def doctor(backend: str = "bubblewrap") -> dict[str, dict]:
+    """What this machine can enforce: {item: {"ok": bool, "how": str}}. Never raises for a machine that lacks something."""
+    return get_backend(backend).doctor()
+
+
+__all__ = [
+    "CAPABILITIES",
+    "Backend",
+    "BackendUnavailable",
+    "CommandResult",
+    "FileEntry",
+    "FileError",
+    "FileInfo",
+    "LimitExceeded",
+    "LimitNotEnforceable",
+    "Limits",
+    "RequestTimeout",
+    "RockError",
+    "Sandbox",
+    "SandboxDead",
+    "SandboxNotFound",
+    "SandboxSpec",
+    "SandboxStats",
+    "Session",
+    "Snapshot",
+    "SpecError",
+    "doctor",
+    "get_backend",
+    "register_backend",
+]

@@ -1,0 +1,184 @@
+"""The client's side of the supervisor: start it, call it from many threads, notice its death, end it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from rock_env import wire
+from rock_env.errors import BackendUnavailable, RequestTimeout, SandboxDead, SpecError, from_wire
+
+_START_SECONDS = 30.0
+_END_SECONDS = 10.0
+_IDLE_CONNECTIONS = 128
+# Imports the supervisor without rock_env/__init__.py, which would load the whole SDK: start-up is what a user waits for.
+_BOOT = (
+    "import sys, types\n"
+    "package = types.ModuleType('rock_env'); package.__path__ = [sys.argv[1]]; sys.modules['rock_env'] = package\n"
+    "from rock_env.supervisor.main import main\n"
+    "main(int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]) or None, int(sys.argv[6]))\n"
+)
+
+
+def state_directory() -> str:
+    """Where supervisors keep their (empty) mount points: $ROCK_STATE_DIR, else a folder of the temporary directory."""
+    chosen = os.environ.get("ROCK_STATE_DIR")
+    base = chosen or tempfile.gettempdir()
+    if not chosen and not _traversable(base):
+        base = "/tmp"
+    if not _traversable(base):
+        raise BackendUnavailable(
+            f"state directory {base}: every parent must be searchable by others (chmod o+x), or set ROCK_STATE_DIR"
+        )
+    directory = os.path.join(os.path.abspath(base), f"rock-{os.getuid()}")
+    try:
+        os.makedirs(directory, mode=0o711, exist_ok=True)
+        status = os.stat(directory)
+    except OSError as error:
+        raise BackendUnavailable(f"state directory {directory}: {error.strerror}") from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise BackendUnavailable(f"state directory {directory}: not ours alone; set ROCK_STATE_DIR to another place")
+    return directory
+
+
+def _traversable(path: str) -> bool:
+    path = os.path.abspath(path)
+    while True:
+        try:
+            if not os.stat(path).st_mode & 0o001:
+                return False
+        except OSError:
+            return False
+        if path == "/":
+            return True
+        path = os.path.dirname(path)
+
+
+def store_bytes() -> int:
+    """$ROCK_STORE_BYTES: a bound on the memory that snapshots may take; 0 (default) is half of the machine's."""
+    text = os.environ.get("ROCK_STORE_BYTES", "0")
+    if not text.isdigit():
+        raise SpecError(f"ROCK_STORE_BYTES: expected a number of bytes, got {text!r}")
+    return int(text)
+
+
+class Supervisor:
+    """One supervisor process. `call` is thread-safe: each call in flight has a connection of its own."""
+
+    def __init__(self, bwrap: str) -> None:
+        self.pid = os.getpid()
+        self._dead = ""
+        self._idle: list[socket.socket] = []
+        self._lock = threading.Lock()
+        directory = state_directory()
+        self._control, theirs = socket.socketpair()
+        package = os.path.dirname(os.path.abspath(__file__))
+        arguments = [package, str(theirs.fileno()), bwrap, directory, str(store_bytes()), str(self.pid)]
+        keep = ("LD_LIBRARY_PATH",)  # some interpreters need it to start
+        env = {"PATH": os.defpath, "LANG": "C.UTF-8", **{k: os.environ[k] for k in keep if k in os.environ}}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOT, *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal is the client's to handle
+                env=env,
+                cwd="/",
+            )
+        except OSError as error:
+            self._control.close()
+            raise BackendUnavailable(f"cannot start the supervisor with {sys.executable}: {error}") from error
+        finally:
+            theirs.close()
+        atexit.register(self.close)
+        self.report = self._greet()
+
+    def _greet(self) -> dict:
+        try:
+            header, _ = wire.receive(self._control, time.monotonic() + _START_SECONDS)
+        except (TimeoutError, wire.ConnectionLost) as error:
+            self.close()
+            raise BackendUnavailable(f"the supervisor did not start: {error}") from error
+        if "error" in header:
+            self.close()
+            raise from_wire(header["error"])
+        return header["ready"]
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self._dead) or self.pid != os.getpid()
+
+    def _connection(self, deadline: float) -> socket.socket:
+        if self.pid != os.getpid():
+            raise SandboxDead("this process is a fork: sandboxes belong to the process that started them")
+        with self._lock:
+            if self._dead:
+                raise SandboxDead(self._dead)
+            if self._idle:
+                return self._idle.pop()
+            ours, theirs = socket.socketpair()
+            try:
+                self._control.settimeout(max(0.001, deadline - time.monotonic()))
+                wire.send_fd(self._control, theirs.fileno())
+            except OSError as error:
+                ours.close()
+                self._dead = f"the supervisor has ended ({error})"
+                raise SandboxDead(self._dead) from error
+            finally:
+                theirs.close()
+            return ours
+
+    def call(self, op: str, seconds: float, blob: bytes = b"", /, **arguments: object) -> tuple[dict, bytes]:
+        """Send one request and wait for its reply, at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        data = wire.encode({"op": op, **arguments}, blob)
+        connection = self._connection(deadline)
+        try:
+            wire.send(connection, data, deadline)
+            header, body = wire.receive(connection, deadline)
+        except wire.ConnectionLost as error:
+            connection.close()
+            self._dead = self._dead or f"the supervisor has ended ({error})"
+            raise SandboxDead(self._dead) from error
+        except TimeoutError as error:
+            connection.close()
+            raise RequestTimeout(f"{op}: no answer from the supervisor within {seconds:g} s") from error
+        except BaseException:  # e.g. Ctrl-C: the reply may still come, so this connection is of no more use
+            connection.close()
+            raise
+        with self._lock:
+            if len(self._idle) < _IDLE_CONNECTIONS and not self._dead:
+                self._idle.append(connection)
+            else:
+                connection.close()
+        if "error" in header:
+            raise from_wire(header["error"])
+        return header, body
+
+    def close(self) -> None:
+        """Say goodbye: the supervisor destroys every sandbox and exits. Idempotent."""
+        atexit.unregister(self.close)
+        self._dead = self._dead or "the supervisor was closed"
+        with self._lock:
+            for connection in (*self._idle, self._control):
+                connection.close()
+            self._idle.clear()
+        if self.pid != os.getpid():
+            return
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    @property
+    def keeper_pid(self) -> int:
+        return self._process.pid

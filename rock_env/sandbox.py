@@ -1,0 +1,282 @@
+"""The SDK: a sandbox, its sessions, its files, its snapshots. Thread-safe and synchronous."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rock_env.backend import Backend, get_backend
+from rock_env.errors import FileError, SpecError
+from rock_env.spec import (
+    MIB,
+    CommandResult,
+    FileEntry,
+    FileInfo,
+    SandboxSpec,
+    SandboxStats,
+    check_env,
+    check_path,
+)
+
+_UPLOAD_BATCH_BYTES = 8 * MIB
+
+
+def _check_command(name: str, command: object) -> str:
+    if not isinstance(command, str) or "\0" in command:
+        raise SpecError(f"{name}: expected a str without NUL, got {command!r}")
+    return command
+
+
+def _seconds(timeout: float | None, default: float) -> float:
+    if timeout is None:
+        return default
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise SpecError(f"timeout: expected seconds > 0 or None, got {timeout!r}")
+    return float(timeout)
+
+
+class Session:
+    """A persistent bash: directory, variables and functions last from one command to the next.
+
+    After `exit N` (which returns N) or a timeout, the next command finds the same directory, variables and functions in a
+    fresh shell. Standard input of every command is /dev/null. Commands of one session run one after another.
+    """
+
+    def __init__(self, sandbox: Sandbox, name: str) -> None:
+        self.name = name
+        self._sandbox = sandbox
+
+    def run(self, command: str, timeout: float | None = None) -> CommandResult:
+        """Run shell text and wait for it (not for its background jobs), at most `timeout` seconds."""
+        box, limits = self._sandbox, self._sandbox.spec.limits
+        seconds = _seconds(timeout, limits.command_seconds)
+        return box._backend.run(box.id, self.name, _check_command("command", command), seconds, limits.output_bytes)
+
+
+class Snapshot:
+    """The files of a sandbox at one moment, from which any number of sandboxes can start. Processes are not part of it;
+    the directory, variables and functions of idle sessions are."""
+
+    def __init__(self, backend: Backend, id: str, spec: SandboxSpec) -> None:
+        self.id = id
+        self.spec = spec
+        self._backend = backend
+
+    def delete(self) -> None:
+        """Free it (sandboxes started from it are unaffected). Idempotent."""
+        self._backend.drop_snapshot(self.id)
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.delete()
+
+
+class Sandbox:
+    """A live sandbox. Make one with `Sandbox.start`; a context manager stops it."""
+
+    def __init__(self, backend: Backend, id: str, spec: SandboxSpec) -> None:
+        self.id = id
+        self.spec = spec
+        self._backend = backend
+
+    @classmethod
+    def start(cls, spec: SandboxSpec | None = None, *, snapshot: Snapshot | None = None) -> Sandbox:
+        """Start a sandbox, from a snapshot if given (whose spec is the default; `files` of an explicit spec are added).
+
+        Raises:
+          BackendUnavailable: the machine lacks what the backend needs.
+          LimitNotEnforceable: a limit of the spec cannot be enforced here.
+          LimitExceeded: the files do not fit into disk_bytes.
+        """
+        if spec is None:
+            spec = snapshot.spec if snapshot is not None else SandboxSpec()
+            files_spec = _without_files(spec) if snapshot is not None else spec
+        else:
+            files_spec = spec
+        backend = get_backend(spec.backend)
+        id = backend.create(files_spec, snapshot.id if snapshot is not None else None)
+        return cls(backend, id, spec)
+
+    # -- commands
+    def execute(
+        self,
+        command: str | list[str],
+        timeout: float | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> CommandResult:
+        """Run one process: shell text by a fresh bash, or an argument list directly."""
+        limits = self.spec.limits
+        if isinstance(command, str):
+            argv = ["bash", "--norc", "--noprofile", "-c", _check_command("command", command)]
+        else:
+            argv = [_check_command("command", part) for part in command]
+            if not argv:
+                raise SpecError("command: expected at least one argument")
+        seconds = _seconds(timeout, limits.command_seconds)
+        inside = check_path("cwd", cwd) if cwd is not None else None
+        return self._backend.execute(self.id, argv, seconds, inside, check_env("env", env), limits.output_bytes)
+
+    def session(self, name: str = "default") -> Session:
+        """A persistent shell by name; the same name gives the same shell."""
+        if not isinstance(name, str) or not name:
+            raise SpecError(f"session: expected a non-empty name, got {name!r}")
+        return Session(self, name)
+
+    # -- files
+    def write_file(self, path: str, content: bytes | str, mode: int | None = None) -> None:
+        """Write a file atomically, owned by the sandbox user, making missing directories."""
+        if check_path("path", path).endswith("/"):
+            raise SpecError(f"path: expected a file name, got {path!r}")
+        self._backend.put(self.id, {path: FileEntry(content, mode)}, {})
+
+    def write_files(self, files: Mapping[str, bytes | str | FileEntry]) -> None:
+        """Write several files in one request; each is atomic. A key that ends in "/" makes a directory."""
+        entries = {check_path("files", p): e if isinstance(e, FileEntry) else FileEntry(e) for p, e in files.items()}
+        self._backend.put(self.id, entries, {})
+
+    def read_file(self, path: str, max_bytes: int = 64 * MIB) -> bytes:
+        """The contents of a regular file. Raises FileError (ENOENT, EISDIR, EFBIG beyond max_bytes, ...)."""
+        return self._backend.read(self.id, check_path("path", path), max_bytes)
+
+    def list_files(self, path: str = ".", recursive: bool = False) -> list[FileInfo]:
+        """Entries of a directory; with `recursive`, of everything below it, parents first. Links are not followed."""
+        return self._backend.list(self.id, check_path("path", path), recursive)
+
+    def upload(self, local: str | Path, remote: str) -> None:
+        """Copy a local file or directory to `remote` (the path of the copy). Links are copied as links."""
+        local, remote = Path(local), check_path("remote", remote)
+        if not local.is_dir():
+            try:
+                content, mode = local.read_bytes(), stat.S_IMODE(local.stat().st_mode) & 0o777
+            except OSError as error:
+                raise FileError(f"upload {local}: {error.strerror}", _errno_name(error)) from error
+            self.write_file(remote, content, mode)
+            return
+        files: dict[str, FileEntry] = {f"{remote.rstrip('/')}/": FileEntry()}
+        links: dict[str, str] = {}
+        size = 0
+        for folder, directories, names in os.walk(local):
+            inside = os.path.normpath(os.path.join(remote, os.path.relpath(folder, local)))
+            for name in sorted((*directories, *names)):
+                source, target = Path(folder, name), f"{inside}/{name}"
+                if source.is_symlink():
+                    links[target] = os.readlink(source)
+                elif source.is_dir():
+                    files[f"{target}/"] = FileEntry()
+                elif source.is_file():
+                    files[target] = FileEntry(source.read_bytes(), stat.S_IMODE(source.stat().st_mode) & 0o777)
+                    size += len(files[target].data)
+                if size > _UPLOAD_BATCH_BYTES:
+                    self._backend.put(self.id, files, {})
+                    files, size = {}, 0
+        self._backend.put(self.id, files, links)
+
+    def download(self, remote: str, local: str | Path) -> list[str]:
+        """Copy a file or directory of the sandbox to `local` (the path of the copy).
+
+        Nothing is ever written outside `local`: links are recreated only when they point inside the copied directory. Returns
+        the entries that were left out (other links, devices, sockets), relative to `remote`.
+        """
+        local, remote = Path(local), check_path("remote", remote)
+        infos = self.list_files(remote)
+        is_file = len(infos) == 1 and infos[0].kind != "directory" and infos[0].name == os.path.basename(remote)
+        if is_file and not self._is_directory(remote):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            _write_local(local, self.read_file(remote), infos[0].mode)
+            return []
+        left_out: list[str] = []
+        links: list[FileInfo] = []
+        local.mkdir(parents=True, exist_ok=True)
+        for info in self.list_files(remote, recursive=True):
+            target = local / info.name
+            if info.kind == "directory":
+                target.mkdir(exist_ok=True)
+            elif info.kind == "file":
+                _write_local(target, self.read_file(os.path.join(remote, info.name)), info.mode)
+            elif info.kind == "symlink" and _stays_inside(info):
+                links.append(info)
+            else:
+                left_out.append(info.name)
+        for info in links:  # last, so that nothing is written through one
+            os.symlink(info.target, local / info.name)
+        return left_out
+
+    def _is_directory(self, path: str) -> bool:
+        try:
+            self.read_file(path, max_bytes=1 << 40)
+        except FileError as error:
+            return error.errno_name == "EISDIR"
+        return False
+
+    # -- copies
+    def snapshot(self) -> Snapshot:
+        """The files (and idle sessions' state) as they are now. Copies the writable layer; what lies below is shared."""
+        return Snapshot(self._backend, self._backend.snapshot(self.id), _without_files(self.spec))
+
+    def fork(self, n: int = 1) -> list[Sandbox]:
+        """`n` independent sandboxes that continue from this one's files and idle sessions; this one goes on unchanged."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise SpecError(f"n: expected an integer >= 1, got {n!r}")
+        forks: list[Sandbox] = []
+        with self.snapshot() as snapshot:
+            try:
+                for _ in range(n):
+                    forks.append(Sandbox.start(snapshot=snapshot))
+            except BaseException:
+                for sandbox in forks:
+                    sandbox.stop()
+                raise
+        return forks
+
+    # -- life
+    def stats(self) -> SandboxStats:
+        return self._backend.stats(self.id)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._backend.is_alive(self.id)
+
+    def stop(self) -> None:
+        """End every process and free everything. Idempotent; also when the sandbox or its supervisor has died."""
+        self._backend.destroy(self.id)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+
+def _without_files(spec: SandboxSpec) -> SandboxSpec:
+    from dataclasses import replace
+
+    return replace(spec, files={})
+
+
+def _stays_inside(info: FileInfo) -> bool:
+    """Whether a link, resolved by its text alone, points below the downloaded directory."""
+    if os.path.isabs(info.target):
+        return False
+    resolved = os.path.normpath(os.path.join(os.path.dirname(info.name), info.target))
+    return resolved != ".." and not resolved.startswith("../")
+
+
+def _errno_name(error: OSError) -> str:
+    import errno
+
+    return errno.errorcode.get(error.errno or 0, "")
+
+
+def _write_local(path: Path, data: bytes, mode: int) -> None:
+    """Write a downloaded file by way of a temporary name, never through a link that lies at `path`."""
+    temporary = path.with_name(f".{path.name}.rock-tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode | 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+    os.replace(temporary, path)

@@ -1,0 +1,392 @@
+"""One live sandbox: its bubblewrap processes, its control group, its root, and everything that runs inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rock_env.supervisor import files, linux, process
+from rock_env.supervisor.cgroups import Group
+from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.loop import Event, Loop
+from rock_env.supervisor.session import Session
+from rock_env.supervisor.store import AGENT_ID
+
+if TYPE_CHECKING:
+    from rock_env.supervisor.machine import Machine
+
+_READY = b"\x06"
+_START_SECONDS = 20.0
+_SHM_BYTES = 16 << 20
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENVIRONMENT = {
+    "PATH": _PATH,
+    "HOME": "/home/agent",
+    "USER": "agent",
+    "LOGNAME": "agent",
+    "SHELL": "/bin/bash",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "TERM": "dumb",
+}
+
+
+class Box:
+    def __init__(self, name: str, spec: dict, machine: Machine, loop: Loop, lower: list[str], uid: int) -> None:
+        self.name = name
+        self.spec = spec
+        self.limits = spec["limits"]
+        self.workdir: str = spec["workdir"]
+        self.env = {**_ENVIRONMENT, **spec["env"]}
+        self.loop = loop
+        self.lower = lower
+        self.uid = uid
+        self.sessions: dict[str, Session] = {}
+        self.death = ""
+        self.died = Event(loop)
+        self.on_death: Callable[[Box], None] = lambda box: None
+        self._machine = machine
+        self._group: Group | None = None
+        self._fds: dict[str, int] = {}
+        self._monitor = 0
+        self._init = 0
+        self._gone = Event(loop)
+        self._saved_states: dict[str, tuple[str, str]] = {}
+        self._lifetime = None
+
+    # -- start
+    async def start(self, entries: list[dict], blob: bytes, states: dict[str, tuple[str, str]]) -> None:
+        """Mount, place files, and run bubblewrap until its first process reports. Cleans up after itself on failure."""
+        machine, limits = self._machine, self.limits
+        self._saved_states = states
+        try:
+            if machine.hierarchies.base:
+                self._group = Group(machine.hierarchies, machine.name, self.name)
+                self._group.apply(limits["memory_bytes"], limits["pids"], limits["cpus"])
+            lower = [*self.lower, machine.store.image(self.spec["image"])]
+            setup_fd, upper_fd = machine.store.mount_box(self.name, lower, limits["disk_bytes"])
+            self._fds["upper"] = upper_fd
+            try:
+                self._populate(setup_fd, upper_fd, entries, blob)
+            finally:
+                os.close(setup_fd)
+            await self._launch()
+            self._fds["root"] = os.open(f"/proc/{self._init}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except BaseException as error:
+            await self.stop("start failed")
+            if isinstance(error, OSError):
+                raise Fault("unavailable", f"start: {error}") from error
+            raise
+        finally:
+            machine.store.unmount_box(self.name)
+        if limits["lifetime_seconds"] is not None:
+            when = time.monotonic() + limits["lifetime_seconds"]
+            message = f"lifetime_seconds={limits['lifetime_seconds']} is over"
+            self._lifetime = self.loop.call_at(when, lambda: self.loop.spawn(self.stop(message)))
+
+    def _populate(self, root_fd: int, upper_fd: int, entries: list[dict], blob: bytes) -> None:
+        for directory in ("proc", "dev", "tmp"):
+            os.close(files.make_directories(root_fd, f"/{directory}", 0))
+        for target in self.spec["readonly_binds"].values():
+            self._make_bind_target(root_fd, target)
+        if not self.lower:
+            os.close(files.make_directories(root_fd, "/home", 0))
+            os.close(files.make_directories(root_fd, self.env["HOME"], self.uid))
+        work_fd = files.make_directories(root_fd, self.workdir, self.uid)
+        try:
+            if not self.lower:
+                os.chown(f"/proc/self/fd/{work_fd}", self.uid, self.uid)
+        finally:
+            os.close(work_fd)
+        files.put(root_fd, entries, blob, self.uid, self.workdir)
+        if not self.lower:
+            files.reset_times(upper_fd)
+
+    def _make_bind_target(self, root_fd: int, target: str) -> None:
+        source = next(s for s, t in self.spec["readonly_binds"].items() if t == target)
+        if os.path.isdir(source):
+            os.close(files.make_directories(root_fd, target, 0))
+        else:
+            files.write_file(root_fd, target, memoryview(b""), 0o644, 0)
+
+    def _arguments(self, info_fd: int, seccomp_fd: int) -> list[str]:
+        machine, spec = self._machine, self.spec
+        arguments = [
+            machine.bwrap, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+            "--unshare-cgroup-try", "--disable-userns", "--uid", str(AGENT_ID), "--gid", str(AGENT_ID),
+            "--hostname", "sandbox", "--cap-drop", "ALL", "--die-with-parent", "--as-pid-1", "--clearenv",
+            "--info-fd", str(info_fd), "--seccomp", str(seccomp_fd),
+            "--bind", os.path.abspath(f"box/{self.name}/root"), "/",
+        ]  # fmt: skip
+        if spec["image"] is None:
+            arguments += ["--ro-bind", "/usr", "/usr"]
+        arguments += ["--proc", "/proc", "--dev", "/dev", "--size", str(_SHM_BYTES), "--tmpfs", "/dev/shm"]
+        arguments += ["--remount-ro", "/dev"]
+        for source, target in spec["readonly_binds"].items():
+            arguments += ["--ro-bind", machine.store.readonly(source), target]
+        # A `cat` is the first process: it says that the sandbox is set up by echoing a byte, and ends with its input.
+        return [*arguments, "--chdir", "/", "--", "cat"]
+
+    async def _launch(self) -> None:
+        machine = self._machine
+        info_read, info_write = process.pipe(True)
+        ready_read, ready_write = process.pipe(True)
+        input_read, input_write = process.pipe(False)
+        self._fds["input"] = input_write
+        os.write(input_write, _READY)
+        inner_info, inner_seccomp = 200, 201
+        arguments = self._arguments(inner_info, inner_seccomp)
+        descriptors = {0: input_read, 1: ready_write, 2: ready_write, inner_info: info_write}
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._exec_bwrap(arguments, descriptors, inner_seccomp)
+            self._monitor = pid
+            self.loop.on_exit(pid, self._on_monitor_exit)
+        finally:
+            for fd in (info_write, ready_write, input_read):
+                os.close(fd)
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            information = await self._collect(info_read, deadline, lambda data: False)
+            greeting = await self._collect(ready_read, deadline, lambda data: _READY in data)
+        finally:
+            os.close(info_read)
+            os.close(ready_read)
+        if not greeting.endswith(_READY):
+            reason = greeting.decode(errors="replace").strip() or "no answer from bubblewrap"
+            raise Fault("unavailable", f"start: {reason} ({machine.bwrap})")
+        self._init = json.loads(information)["child-pid"]
+        self._fds["init"] = os.pidfd_open(self._init)
+        self.loop.add_reader(self._fds["init"], self._on_init_exit)
+
+    def _exec_bwrap(self, arguments: list[str], descriptors: dict[int, int], seccomp_fd: int) -> None:
+        """In the forked child: join the group, become the sandbox's user, exec bubblewrap. No return."""
+        try:
+            os.setsid()
+            if self._group:
+                self._group.join()
+            for target, fd in descriptors.items():
+                os.dup2(fd, target)
+            os.dup2(self._machine.seccomp_file(), seccomp_fd)
+            linux.close_on_exec({*descriptors, seccomp_fd})
+            process.reset_signals()
+            # Inherited by the first process of the sandbox: the kernel then reaps orphans without its help.
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            if self._machine.privileged:
+                os.setgroups([])
+                os.setresgid(self.uid, self.uid, self.uid)
+                os.setresuid(self.uid, self.uid, self.uid)
+            linux.die_with_parent()
+            os.execve(arguments[0], ["bwrap", *arguments[1:]], {"PATH": _PATH})
+        except BaseException as error:
+            os.write(2, f"cannot run bubblewrap: {error}\n".encode(errors="replace"))
+        finally:
+            os._exit(125)
+
+    async def _collect(self, fd: int, deadline: float, enough: Callable[[bytes], bool]) -> bytes:
+        """Read until the end, `enough`, or the deadline."""
+        data = b""
+        while True:
+            readable = Event(self.loop)
+            self.loop.add_reader(fd, readable.set)
+            arrived = await readable.wait(deadline)
+            self.loop.remove_reader(fd)
+            piece = os.read(fd, 65536) if arrived else b""
+            data += piece
+            if not piece or enough(data):
+                return data
+
+    # -- processes
+    def spawn_inside(self, argv: list[str], env: dict[str, str], cwd: str, descriptors: dict[int, int]) -> int:
+        """Fork a child that is born in the sandbox's pid namespace and execs `argv` there. Returns its pid (ours to reap)."""
+        machine = self._machine
+        directories = self._group.directories if self._group else []
+        try:
+            linux.setns(self._fds["init"], linux.CLONE_NEWPID)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    process.enter_and_exec(
+                        self._fds["init"], directories, machine.seccomp, cwd, argv, env, descriptors, AGENT_ID
+                    )
+            finally:
+                linux.setns(machine.pid_namespace_fd, linux.CLONE_NEWPID)
+        except OSError as error:
+            if self._has_exited():
+                self._die("its first process has ended")
+                self.require_alive()
+            raise Fault("unavailable", f"cannot start a process: {error}") from error
+        return pid
+
+    async def execute(self, argv: list[str], env: dict[str, str], cwd: str, seconds: float, output_bytes: int) -> dict:
+        self.require_alive()
+        started, since = time.monotonic(), process.ticks_now()
+        oom_before = self.oom_kills()
+        output_read, output_write = process.pipe(True)
+        status: list[int] = []
+        finished = Event(self.loop)
+        try:
+            try:
+                pid = self.spawn_inside(argv, {**self.env, **env}, cwd, {0: self.null_fd, 1: output_write, 2: output_write})
+            finally:
+                os.close(output_write)
+
+            def on_exit(value: int) -> None:
+                status.append(value)
+                finished.set()
+
+            self.loop.on_exit(pid, on_exit)
+            output = process.Output(output_bytes)
+            drain = process.Drain(self.loop, output_read, output)
+            in_time = await finished.wait(started + seconds)
+            if not in_time:
+                while not status and self.alive:
+                    process.kill_command(pid, since, self.keep(), self.pids)
+                    await finished.wait(time.monotonic() + 0.02)
+                process.kill_command(pid, since, self.keep(), self.pids)
+            drain.read_available()
+            drain.close()
+        finally:
+            os.close(output_read)
+        code, number = process.exit_of(status[0]) if status else (137, signal.SIGKILL)
+        if number == signal.SIGKILL and in_time:
+            await self.settle()
+        self.require_alive()
+        return {
+            "exit_code": code if in_time else 124,
+            "signal": (number or process.signal_of(code)) if in_time else None,
+            "timed_out": not in_time,
+            "output": output.text(),
+            "truncated": output.dropped > 0,
+            "oom_killed": self.oom_kills() > oom_before,
+            "seconds": time.monotonic() - started,
+        }
+
+    def session(self, name: str) -> Session:
+        session = self.sessions.get(name)
+        if session is None:
+            session = self.sessions[name] = Session(self, name, self._saved_states.pop(name, None))
+        return session
+
+    @property
+    def null_fd(self) -> int:
+        return self._machine.null_fd
+
+    def keep(self) -> set[int]:
+        """Processes that a command's timeout must spare."""
+        return {self._init, self._monitor, *(s.pid for s in self.sessions.values())}
+
+    def pids(self) -> list[int]:
+        return self._group.pids() if self._group else process.all_pids()
+
+    # -- files
+    @property
+    def root_fd(self) -> int:
+        self.require_alive()
+        return self._fds["root"]
+
+    async def snapshot(self) -> tuple[str, dict[str, tuple[str, str]]]:
+        """Copy the writable layer while nothing runs. Returns (layer, states of the sessions)."""
+        self.require_alive()
+        states = dict(self._saved_states)
+        for name, session in self.sessions.items():
+            state = await session.save()
+            if state is not None:
+                states[name] = state
+        self.require_alive()
+        frozen = self._group is not None and self._group.freeze(True)
+        try:
+            return self._machine.store.copy_layer(self._fds["upper"]), states
+        finally:
+            if frozen and self._group is not None:
+                self._group.freeze(False)
+
+    # -- accounting
+    def oom_kills(self) -> int:
+        return self._group.oom_kills() if self._group and self.limits["memory_bytes"] is not None else 0
+
+    def stats(self) -> dict:
+        self.require_alive()
+        usage = dict.fromkeys(("cpu_seconds", "memory_bytes", "memory_peak_bytes", "pids"))
+        if self._group:
+            usage.update(self._group.usage())
+        disk = os.statvfs(self._fds["upper"])
+        usage["disk_bytes"] = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        return usage
+
+    # -- end
+    @property
+    def alive(self) -> bool:
+        return not self.death
+
+    def require_alive(self) -> None:
+        if self.death:
+            raise Fault("dead", f"sandbox {self.name} has ended: {self.death}")
+
+    def _has_exited(self) -> bool:
+        poll = select.poll()
+        poll.register(self._fds["init"], select.POLLIN)
+        return bool(poll.poll(0))
+
+    async def settle(self) -> None:
+        """After an unexplained SIGKILL: give the end of the whole sandbox a moment to show."""
+        await self.died.wait(time.monotonic() + 0.03)
+
+    def _on_monitor_exit(self, status: int) -> None:
+        self._monitor = 0
+        if self._init:
+            self._die("its monitor has ended")
+
+    def _on_init_exit(self) -> None:
+        self.loop.remove_reader(self._fds["init"])
+        self._init = 0
+        self._gone.set()
+        reason = "the memory limit killed its first process" if self.oom_kills() else "its first process was killed"
+        self._die(reason)
+
+    def _die(self, reason: str) -> None:
+        if not self.death:
+            self.death = reason
+            self.loop.spawn(self.stop(reason))
+
+    def _kill(self) -> None:
+        if self._init:
+            try:
+                signal.pidfd_send_signal(self._fds["init"], signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if self._monitor:
+            os.kill(self._monitor, signal.SIGKILL)
+
+    async def stop(self, reason: str) -> None:
+        """Kill everything and give back every resource. Idempotent; returns when nothing is left (or after 5 s)."""
+        if self.died.is_set:
+            return
+        self.death = self.death or reason
+        self.died.set()
+        if self._lifetime:
+            self._lifetime.cancel()
+        if self._group and self._group.directories:
+            self._group.freeze(False)
+        self._kill()
+        for session in self.sessions.values():
+            session.abandon()
+        if self._init:
+            await self._gone.wait(time.monotonic() + 5)
+        for session in self.sessions.values():
+            session.close()
+        for name, fd in self._fds.items():
+            if name == "init":
+                self.loop.remove_reader(fd)
+            os.close(fd)
+        self._fds = {}
+        deadline = time.monotonic() + 5
+        while self._group and not self._group.remove() and time.monotonic() < deadline:
+            await self.loop.sleep(0.002)
+        self.on_death(self)

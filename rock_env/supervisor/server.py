@@ -1,0 +1,235 @@
+"""Requests: one coroutine per connection, one request at a time on each, many connections at once."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Awaitable, Callable
+
+from rock_env import wire
+from rock_env.supervisor import files
+from rock_env.supervisor.box import Box
+from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.loop import Event, Loop
+from rock_env.supervisor.machine import Machine
+
+_FIRST_UID = 1_500_000_000  # far from the ids of people, services and sub-uid ranges
+_REMEMBERED_DEATHS = 10_000
+Reply = tuple[dict, bytes]
+
+
+class Snapshot:
+    def __init__(self, box: Box, layer: str, states: dict[str, tuple[str, str]]) -> None:
+        self.lower = [layer, *box.lower]
+        self.uid = box.uid
+        self.image = box.spec["image"]
+        self.states = states
+
+
+class Server:
+    def __init__(self, loop: Loop, machine: Machine, control: socket.socket) -> None:
+        self.loop = loop
+        self.machine = machine
+        self.boxes: dict[str, Box] = {}
+        self.deaths: dict[str, str] = {}
+        self.snapshots: dict[str, Snapshot] = {}
+        self._layer_users: dict[str, int] = {}
+        self._uids = 0
+        self._names = 0
+        self._control = control
+        self._finishing = False
+        control.setblocking(False)
+        loop.add_reader(control.fileno(), self._on_control)
+
+    # -- connections
+    def _on_control(self) -> None:
+        try:
+            fds = wire.receive_fds(self._control)
+        except BlockingIOError:
+            return
+        except OSError:
+            fds = None
+        if fds is None:
+            self.loop.remove_reader(self._control.fileno())
+            self.finish()
+            return
+        for fd in fds:
+            connection = socket.socket(fileno=fd)
+            connection.setblocking(False)
+            self.loop.spawn(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        reader = wire.FrameReader()
+        fd = connection.fileno()
+        try:
+            while True:
+                frame = reader.next()
+                while frame is None:
+                    readable = Event(self.loop)
+                    self.loop.add_reader(fd, readable.set)
+                    await readable.wait()
+                    self.loop.remove_reader(fd)
+                    data = connection.recv(1 << 20)
+                    if not data:
+                        return
+                    reader.feed(data)
+                    frame = reader.next()
+                await self._send(connection, wire.encode(*await self._answer(*frame)))
+        except (OSError, wire.ConnectionLost):
+            return
+        finally:
+            self.loop.remove_reader(fd)
+            connection.close()
+
+    async def _send(self, connection: socket.socket, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[connection.send(view) :]
+            except BlockingIOError:
+                writable = Event(self.loop)
+                self.loop.add_writer(connection.fileno(), writable.set)
+                await writable.wait()
+                self.loop.remove_writer(connection.fileno())
+
+    async def _answer(self, request: dict, blob: bytes) -> Reply:
+        try:
+            handler: Callable[..., Awaitable[Reply]] = getattr(self, f"do_{request.pop('op')}")
+            return await handler(blob, **request)
+        except Fault as fault:
+            return {"error": fault.to_wire()}, b""
+        except Exception as error:  # a defect of ours must reach the caller, not end every sandbox
+            traceback.print_exc()
+            return {"error": Fault("error", f"supervisor: {type(error).__name__}: {error}").to_wire()}, b""
+
+    def _box(self, name: str) -> Box:
+        box = self.boxes.get(name)
+        if box is None:
+            if name in self.deaths:
+                raise Fault("dead", f"sandbox {name} has ended: {self.deaths[name]}")
+            raise Fault("not_found", f"no sandbox {name!r}")
+        box.require_alive()
+        return box
+
+    # -- sandboxes
+    async def do_start(self, blob: bytes, *, spec: dict, entries: list[dict], snapshot: str | None = None) -> Reply:
+        self.machine.check(spec["limits"])
+        lower: list[str] = []
+        states: dict[str, tuple[str, str]] = {}
+        uid = self._new_uid()
+        if snapshot is not None:
+            origin = self._snapshot(snapshot)
+            if origin.image != spec["image"]:
+                raise Fault("spec", f"image: the snapshot was taken on {origin.image!r}, the spec has {spec['image']!r}")
+            lower, uid, states = list(origin.lower), origin.uid, dict(origin.states)
+        self._names += 1
+        box = Box(f"{self._names}", spec, self.machine, self.loop, lower, uid)
+        box.on_death = self._on_death
+        self._use(lower, +1)
+        self.boxes[box.name] = box
+        await box.start(entries, blob, states)
+        return {"id": box.name}, b""
+
+    def _new_uid(self) -> int:
+        """One user per sandbox; a snapshot's sandboxes share their origin's, which owns the files."""
+        if not self.machine.privileged:
+            return 0  # the only id that exists in the supervisor's user namespace
+        self._uids += 1
+        return _FIRST_UID + self._uids % 400_000_000
+
+    def _on_death(self, box: Box) -> None:
+        if self.boxes.pop(box.name, None) is None:
+            return
+        self._use(box.lower, -1)
+        self.deaths[box.name] = box.death
+        if len(self.deaths) > _REMEMBERED_DEATHS:
+            del self.deaths[next(iter(self.deaths))]
+        if self._finishing and not self.boxes:
+            self.loop.stop()
+
+    async def do_stop(self, blob: bytes, *, id: str) -> Reply:
+        box = self.boxes.get(id)
+        if box is not None:
+            await box.stop("it was stopped")
+        return {}, b""
+
+    async def do_execute(
+        self, blob: bytes, *, id: str, argv: list[str], env: dict, cwd: str | None, seconds: float, output_bytes: int
+    ) -> Reply:
+        box = self._box(id)
+        return await box.execute(argv, env, cwd or box.workdir, seconds, output_bytes), b""
+
+    async def do_run(self, blob: bytes, *, id: str, session: str, seconds: float, output_bytes: int) -> Reply:
+        command = blob.decode("utf-8", "surrogateescape")
+        return await self._box(id).session(session).run(command, seconds, output_bytes), b""
+
+    async def do_alive(self, blob: bytes, *, id: str) -> Reply:
+        box = self.boxes.get(id)
+        return {"alive": box is not None and box.alive}, b""
+
+    async def do_stats(self, blob: bytes, *, id: str) -> Reply:
+        return self._box(id).stats(), b""
+
+    # -- files
+    async def do_put(self, blob: bytes, *, id: str, entries: list[dict]) -> Reply:
+        box = self._box(id)
+        files.put(box.root_fd, entries, blob, box.uid, box.workdir)
+        return {}, b""
+
+    async def do_read(self, blob: bytes, *, id: str, path: str, max_bytes: int) -> Reply:
+        box = self._box(id)
+        return {}, files.read_file(box.root_fd, self._inside(box, path), max_bytes)
+
+    async def do_list(self, blob: bytes, *, id: str, path: str, recursive: bool) -> Reply:
+        box = self._box(id)
+        listing = files.walk if recursive else files.list_directory
+        return {"entries": listing(box.root_fd, self._inside(box, path))}, b""
+
+    @staticmethod
+    def _inside(box: Box, path: str) -> str:
+        return path if path.startswith("/") else f"{box.workdir}/{path}"
+
+    # -- snapshots
+    def _snapshot(self, name: str) -> Snapshot:
+        if name not in self.snapshots:
+            raise Fault("not_found", f"no snapshot {name!r}")
+        return self.snapshots[name]
+
+    def _use(self, lower: list[str], change: int) -> None:
+        """Count the users of layers; one that nobody uses any more is deleted."""
+        for layer in lower:
+            count = self._layer_users.get(layer, 0) + change
+            if count > 0:
+                self._layer_users[layer] = count
+            else:
+                self._layer_users.pop(layer, None)
+                self.machine.store.drop_layer(layer)
+
+    async def do_snapshot(self, blob: bytes, *, id: str) -> Reply:
+        box = self._box(id)
+        layer, states = await box.snapshot()
+        self._names += 1
+        snapshot = Snapshot(box, layer, states)
+        self.snapshots[f"s{self._names}"] = snapshot
+        self._use(snapshot.lower, +1)
+        return {"id": f"s{self._names}"}, b""
+
+    async def do_drop_snapshot(self, blob: bytes, *, id: str) -> Reply:
+        snapshot = self.snapshots.pop(id, None)
+        if snapshot is not None:
+            self._use(snapshot.lower, -1)
+        return {}, b""
+
+    async def do_ping(self, blob: bytes) -> Reply:
+        return {"boxes": len(self.boxes), "snapshots": len(self.snapshots)}, b""
+
+    # -- end
+    def finish(self) -> None:
+        """The client has gone: end every sandbox, then the loop."""
+        if self._finishing:
+            return
+        self._finishing = True
+        if not self.boxes:
+            self.loop.stop()
+        for box in list(self.boxes.values()):
+            self.loop.spawn(box.stop("its client has gone"))
