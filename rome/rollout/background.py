@@ -124,6 +124,9 @@ class BackgroundRollouts:
         for cohort in cohorts:
             runner.fill(cohort)
             runner.settle(cohort, enough=0)
+        for group in runner.take_finished():
+            self._delivered[group.request.group_id] = group
+            self._buffer.put_group(group.samples)
         if any(runner.ready(cohort) for cohort in cohorts):
             for cohort in cohorts:
                 if runner.ready(cohort):
@@ -135,9 +138,6 @@ class BackgroundRollouts:
             return False  # not even a batch is left: nothing could become of it
         else:
             time.sleep(0.005)  # the buffer is full: the trainer's turn
-        for group in runner.take_finished():
-            self._buffer.put_group(group.samples)
-            self._delivered[group.request.group_id] = group
         return True
 
     def _admit(self) -> None:

@@ -150,7 +150,7 @@ class DecodeEngine:
             raise EngineError(f"top_k: expected at most {model_config.vocab_size}, found {config.top_k}")
         self.config, self.model_config, self.pad_id = config, model_config, pad_id
         self.stats = EngineStats()
-        self.compilations = 0
+        self._compiled = _compiled(model_config, config.max_length, config.max_chunk_tokens, config.top_k, config.top_p)
         self._weights_lock = threading.Lock()
         self._weights = (jax.tree.map(jnp.copy, params), int(version))
         self._stop_ids = jnp.array(sorted(stop_ids), jnp.int32)
@@ -160,14 +160,17 @@ class DecodeEngine:
         self._keys = np.zeros((rows, 2), np.uint32)
         self._occupied = np.zeros(rows, bool)
         self._fresh = np.zeros(rows, bool)  # inserted, not yet appended to
-        self._append = self._jit(functools.partial(_append, model_config))
-        self._decode = self._jit(functools.partial(_decode, model_config, config))
         self._states = [self._empty_state() for _ in range(config.cohorts)]
 
     @property
     def version(self) -> int:
         """Of the weights that the next turn samples from."""
         return self._weights[1]
+
+    @property
+    def compilations(self) -> int:
+        """How many shapes were compiled so far, by all engines with the same static configuration."""
+        return self._compiled.traces
 
     def update_params(self, params: Any, version: int) -> None:
         """Swaps the weights between turns, without draining: trajectories in flight go on under the new ones.
@@ -216,8 +219,8 @@ class DecodeEngine:
         state = self._empty_state()
         for bucket in self.config.extend_buckets:
             tokens = np.zeros((rows, bucket), np.int32)
-            state = self._append(params, state, tokens, counts, idle)
-        _, out = self._decode(params, state, keys, idle, temperature, self._stop_ids)
+            state = self._compiled.append(params, state, tokens, counts, idle)
+        _, out = self._compiled.decode(params, state, keys, idle, temperature, self._stop_ids)
         jax.block_until_ready(out)
 
     def generate(
@@ -247,8 +250,8 @@ class DecodeEngine:
         keys = self._keys[first : first + rows]
         try:
             for append in appends:
-                self._states[cohort] = self._append(params, self._states[cohort], *append)
-            self._states[cohort], packed = self._decode(
+                self._states[cohort] = self._compiled.append(params, self._states[cohort], *append)
+            self._states[cohort], packed = self._compiled.decode(
                 params, self._states[cohort], keys, active, heat, self._stop_ids
             )
             packed = np.asarray(packed)  # the turn's one synchronisation
@@ -265,14 +268,6 @@ class DecodeEngine:
         rows = self.config.slots_per_cohort
         cache = init_cache(self.model_config, rows, self.config.max_length)
         return DecodeState(cache, jnp.zeros((rows, self.model_config.vocab_size), jnp.float32))
-
-    def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def traced(*args: Any) -> Any:
-            self.compilations += 1  # runs when jit traces, that is once a compiled shape
-            return function(*args)
-
-        return jax.jit(traced, donate_argnums=1)
 
     def _check_deltas(self, cohort: int, deltas: Mapping[int, np.ndarray]) -> None:
         slots = self.cohort_slots(cohort)
@@ -328,6 +323,27 @@ class DecodeEngine:
         stats.host_seconds += seconds - waited
 
 
+class _Compiled:
+    """The jitted functions of one static configuration, and how often they were traced."""
+
+    def __init__(self, *statics: Any) -> None:
+        self.traces = 0
+        self.append = self._jit(functools.partial(_append, statics[0]))
+        self.decode = self._jit(functools.partial(_decode, *statics))
+
+    def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def traced(*args: Any) -> Any:
+            self.traces += 1  # runs when jit traces, that is once a compiled shape
+            return function(*args)
+
+        return jax.jit(traced, donate_argnums=1)
+
+
+# engines that differ in slots, buckets or temperature alone share what is compiled
+_compiled = functools.cache(_Compiled)
+
+
 def _shape(leaf: Any) -> tuple:
     return tuple(leaf.shape), str(leaf.dtype)
 
@@ -347,7 +363,10 @@ def _append(
 
 def _decode(
     model_config: ModelConfig,
-    config: EngineConfig,
+    max_length: int,
+    size: int,
+    top_k: int,
+    top_p: float,
     params: Any,
     state: DecodeState,
     keys: jax.Array,
@@ -355,19 +374,19 @@ def _decode(
     temperature: jax.Array,
     stop_ids: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-    """Samples one chunk for each active slot.
+    """Samples one chunk of at most `size` tokens for each active slot.
 
     Returns the state, and int32[B, 3C + 2] for one copy to the host: tokens[C], bits of the float32 log-probs under the
     sampling distribution[C] and raw[C], the count, and the index of the `Finish`.
     """
-    size, rows = config.max_chunk_tokens, active.shape[0]
+    rows = active.shape[0]
 
     def sample(cache: KVCache, logits: jax.Array, live: jax.Array, step: jax.Array, out: jax.Array) -> Any:
-        drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, config.top_k, config.top_p)
+        drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, top_k, top_p)
         out = jax.lax.dynamic_update_slice(out, jnp.stack([drawn, _bits(logp), _bits(raw)])[None], (step, 0, 0))
         stopped = live & jnp.isin(drawn, stop_ids)
         # the token just drawn stands at position `length`; one more needs the position after it
-        return out, drawn, stopped, live & ~stopped & (cache.length + 1 < config.max_length)
+        return out, drawn, stopped, live & ~stopped & (cache.length + 1 < max_length)
 
     def going(carry: Any) -> jax.Array:
         *_, live, step = carry

@@ -161,7 +161,7 @@ class Episode:
         parsed = renderer.parse(tokens)
         is_call = parsed.kind == "tool_call"
         action = f"<tool_call>{parsed.command}</tool_call>" if is_call else _without_call(parsed.text)
-        verifies = not is_call or index + 1 == getattr(self.env, "max_chunks", None)
+        verifies = not is_call or index + 1 == getattr(getattr(self.env, "unwrapped", self.env), "max_chunks", None)
         job.allow(deadlines.step * is_call + deadlines.verify * verifies)
         text, reward, terminated, truncated, info = self.env.step(action)
         error = bool(info.get("error", False)) or parsed.kind == "malformed"

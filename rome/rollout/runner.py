@@ -77,9 +77,9 @@ class RolloutStats:
 class Group:
     """A request and what has become of its samples."""
 
-    def __init__(self, request: GroupRequest, first_attempt: int = 0) -> None:
+    def __init__(self, request: GroupRequest, attempts: Sequence[int] | None = None) -> None:
         self.request = request
-        self.attempts = [first_attempt] * request.size  # of each sample, the one in flight
+        self.attempts = list(attempts or [0] * request.size)  # of each sample, the number of the one in flight
         self.retries = [0] * request.size
         self.samples: list[Trajectory | None] = [None] * request.size
         self.dropped = False
@@ -272,9 +272,10 @@ class RolloutRunner:
         if job.error is not None:
             self._lost(group, episode, job.error)
         elif episode.stage == "reset":
-            if not episode.opened(job.value):
+            if episode.opened(job.value):
+                episode.job = None
+            else:
                 self._drop(group, f"the prompt leaves no room in max_length={self.engine.config.max_length} tokens")
-            episode.job = None
         else:
             trajectory = episode.answered(self.renderer, job.value)
             episode.job = None

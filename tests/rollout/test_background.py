@@ -1,0 +1,200 @@
+"""Free-running rollouts: the trainer consumes while the thread produces, and neither can hang the other."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+import pytest
+from rollout_toys import Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
+
+from rome.rollout import (
+    BackgroundRollouts,
+    BufferClosed,
+    Deadlines,
+    GroupRequest,
+    RolloutConfig,
+    RolloutRunner,
+    SampleBuffer,
+)
+
+WAIT = 60.0
+
+
+def endless(size=2):
+    for index in itertools.count():
+        yield GroupRequest(toy_task(f"t{index}"), f"g{index}", size, index)
+
+
+def make(journal=None, ratio=1.0, batch=2, requests=None, **config):
+    journal = journal or Journal()
+    engine = toy_engine()
+    engine.warmup()
+    deadlines = Deadlines(reset=20, step=20, verify=20, close=20)
+    settings = RolloutConfig(**{"env_threads": 4, "deadlines": deadlines, **config})
+    runner = RolloutRunner(engine, ToyRenderer(), lambda: ToyEnv(journal), settings)
+    buffer = SampleBuffer(ratio, batch)
+    return BackgroundRollouts(runner, buffer, requests or endless()), buffer, runner, journal
+
+
+def eventually(condition):
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "never happened"
+        time.sleep(0.005)
+
+
+def test_a_trainer_is_fed_fresh_groups_while_weights_change():
+    rollouts, buffer, runner, journal = make(Journal(jitter=0.003), ratio=1.0, batch=2)
+    seen, versions = [], set()
+    with runner, rollouts:
+        for step in range(8):
+            batch = buffer.get_batch(2, step, timeout=WAIT)
+            seen += [group[0].group_id for group in batch]
+            for sample in itertools.chain(*batch):
+                assert 0 <= step - sample.start_version <= 1
+                stamps = [int(v) for chunk in sample.chunks for v in chunk.versions]
+                assert stamps == sorted(stamps)
+                assert stamps[0] == sample.start_version
+                versions.update(stamps)
+            runner.engine.update_params(toy_params(step % 2), step + 1)
+    assert len(set(seen)) == 16
+    assert len(versions) > 3
+    assert journal.opened == journal.closed
+
+
+def test_back_pressure_stops_at_the_capacity_and_goes_on():
+    rollouts, buffer, runner, journal = make(ratio=0.5, batch=4)
+    with runner, rollouts:
+        eventually(lambda: len(buffer) == buffer.capacity == 6)
+        opened = journal.opened
+        time.sleep(0.1)
+        assert journal.opened == opened == 6 * 2
+        assert runner.in_flight == 0
+        buffer.get_batch(4, 0)
+        eventually(lambda: len(buffer) == 6)
+        assert journal.opened == 10 * 2
+
+
+def test_a_stale_group_is_sampled_again_from_the_same_state_under_new_keys():
+    rollouts, buffer, runner, _ = make(ratio=1.0, batch=1, requests=toy_requests(groups=2, size=2))
+    with runner, rollouts:
+        eventually(lambda: len(buffer) == 2)
+        stale = {t.id: t for g in buffer.state_dict()["groups"] for t in map(_restored, g)}
+        runner.engine.update_params(toy_params(1), 5)
+        batch = [g for _ in range(2) for g in buffer.get_batch(1, 5, timeout=WAIT)]
+    assert buffer.stats.dropped_stale == 4
+    assert sorted(g[0].group_id for g in batch) == ["g0", "g1"]
+    for sample in itertools.chain(*batch):
+        first = stale[sample.id.removesuffix("+1")]
+        assert sample.id.endswith("+1")
+        assert sample.start_version == 5
+        assert sample.prompt.tokens.tolist() == first.prompt.tokens.tolist()
+
+
+def _restored(record):
+    from rome.trajectory import trajectory_from_record
+
+    return trajectory_from_record(record)
+
+
+def test_a_restored_buffer_can_have_its_groups_sampled_again():
+    requests = toy_requests(groups=1, size=2)
+    rollouts, buffer, runner, _ = make(ratio=1.0, batch=1, requests=list(requests))
+    with runner, rollouts:
+        eventually(lambda: len(buffer) == 1)
+    state = buffer.state_dict()
+    _, resumed, runner, _ = make(ratio=1.0, batch=1)
+    resumed.load_state_dict(state)
+    rollouts = BackgroundRollouts(runner, resumed, [], known=requests)
+    runner.engine.update_params(toy_params(1), 9)
+    with runner, rollouts:
+        ((a, _),) = resumed.get_batch(1, 9, timeout=WAIT)
+    assert (a.id, a.start_version) == ("g0/0+1", 9)
+
+
+def test_when_the_requests_run_out_the_rest_is_served_and_then_the_buffer_closes():
+    rollouts, buffer, runner, _ = make(ratio=2.0, batch=2, requests=toy_requests(groups=5, size=2))
+    with runner, rollouts:
+        got = [g[0].group_id for _ in range(2) for g in buffer.get_batch(2, 0, timeout=WAIT)]
+        with pytest.raises(BufferClosed):
+            buffer.get_batch(2, 0, timeout=WAIT)
+        got += [g[0].group_id for g in buffer.get_batch(1, 0)]
+    assert sorted(got) == [f"g{i}" for i in range(5)]
+
+
+def test_pause_stops_decoding_and_resume_goes_on():
+    rollouts, buffer, runner, _ = make(Journal(jitter=0.002))
+    with runner, rollouts:
+        buffer.get_batch(1, 0, timeout=WAIT)
+        rollouts.pause(WAIT)
+        turns = runner.engine.stats.turns
+        time.sleep(0.1)
+        assert runner.engine.stats.turns == turns
+        rollouts.resume()
+        for _ in range(4):
+            buffer.get_batch(1, 0, timeout=WAIT)
+        assert runner.engine.stats.turns > turns
+
+
+def test_stop_returns_what_was_not_finished_and_closes_everything():
+    release = threading.Event()
+    rollouts, buffer, runner, journal = make(Journal(step_fault=lambda env: release.wait(20)))
+    with runner:
+        rollouts.start()
+        eventually(lambda: journal.calls["step"] >= 2)
+        started = time.monotonic()
+        unfinished = rollouts.stop(WAIT)
+        assert time.monotonic() - started < 15  # without waiting for the environments
+        assert [request.group_id for request in unfinished] == [f"g{i}" for i in range(buffer.capacity)]
+        assert rollouts.stop() == unfinished
+        release.set()
+    eventually(lambda: journal.opened == journal.closed)
+
+
+def test_a_failure_reaches_the_trainer_and_stop():
+    def fault(env):
+        raise ZeroDivisionError("a bug in the environment")
+
+    rollouts, buffer, runner, journal = make(Journal(step_fault=fault))
+    with runner:
+        rollouts.start()
+        with pytest.raises(BufferClosed) as caught:
+            buffer.get_batch(1, 0, timeout=WAIT)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError, match="a bug in the environment"):
+            rollouts.stop()
+    eventually(lambda: journal.opened == journal.closed)
+
+
+def test_a_slow_environment_does_not_hold_the_others_up():
+    release = threading.Event()
+
+    def fault(env):
+        if env.history.startswith("t0/"):
+            release.wait(20)
+
+    rollouts, buffer, runner, _ = make(Journal(step_fault=fault), ratio=3.0, batch=2)
+    with runner, rollouts:
+        got = buffer.get_batch(2, 0, timeout=15)
+        assert "g0" not in {g[0].group_id for g in got}
+        release.set()
+
+
+def test_gather_seconds_waits_for_company():
+    def turns(seconds):
+        requests = toy_requests(groups=6, size=2)
+        rollouts, buffer, runner, _ = make(
+            Journal(jitter=0.01), ratio=2.0, batch=2, requests=requests, gather_seconds=seconds
+        )
+        with runner, rollouts:
+            eventually(lambda: len(buffer) == 6)
+        return runner.engine.stats.turns
+
+    assert turns(1.0) < turns(0.0)
+
+
+def test_a_ratio_of_zero_is_refused():
+    with pytest.raises(ValueError, match="async_ratio"):
+        make(ratio=0.0)
