@@ -232,6 +232,8 @@ def _read_tree(folder: Path, name: str) -> dict[str, TaskFile]:
             mode = entry.lstat().st_mode
             if stat.S_ISDIR(mode):
                 pending.append(f"{relative}/")
+            elif stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
+                raise TaskFormatError(f"{name}/{relative}", "mode", "expected permission bits up to 0777")
             elif stat.S_ISREG(mode):
                 files[relative] = TaskFile(_read_file(entry, f"{name}/{relative}"), stat.S_IMODE(mode))
             else:

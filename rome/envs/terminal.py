@@ -1,0 +1,243 @@
+"""Tasks as a chunked Markov decision process: one step is one chunk, run in a fresh sandbox.
+
+    reset   a fresh sandbox with the task's files; the observation is the instruction
+    step    a tool call runs in the sandbox's persistent shell; the observation is what it printed
+    end     a chunk without a tool call, or the last one allowed: only now the tests enter, and the verifier runs
+
+An infrastructure failure is never a reward: it raises `EnvFailure`, and the episode is to be sampled again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.error import ResetNeeded
+
+from rock_env import CommandResult, RockError, Sandbox, Snapshot
+from rome.envs.families import FAMILIES, MAX_HORIZON, MIN_HORIZON
+from rome.envs.generate import draft_task
+from rome.envs.sandboxes import EnvFailure, infrastructure, sandbox_spec
+from rome.envs.tasks import HarborTask, load_task
+from rome.envs.verifier import run_verifier
+from rome.trajectory import Status
+
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CUT = "\n[cut]"
+MAX_TEXT = 2**20
+
+
+class AnyText(gymnasium.Space[str]):
+    """Every string of at most `max_length` characters, whatever the characters: a command may print anything."""
+
+    def __init__(self, max_length: int = MAX_TEXT, seed: int | np.random.Generator | None = None) -> None:
+        super().__init__(dtype=str, seed=seed)
+        self.max_length = max_length
+
+    def sample(self, mask: None = None, probability: None = None) -> str:
+        """A short word: as an action, a final answer."""
+        return "".join(self.np_random.choice(list("abcdefghij"), size=8))
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str) and len(x) <= self.max_length
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"AnyText({self.max_length})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AnyText) and self.max_length == other.max_length
+
+
+@dataclass(frozen=True)
+class EnvSnapshot:
+    """An episode's state between two chunks: files, the shell's variables, functions and directory; no processes."""
+
+    task: HarborTask
+    sandbox: Snapshot
+    chunks: int
+    command_seconds: float
+    observation: str
+
+    def delete(self) -> None:
+        """Frees it; environments that were restored from it go on. May be called again."""
+        self.sandbox.delete()
+
+
+class TerminalEnv(gymnasium.Env[str, str]):
+    """Gymnasium id `rome/Terminal-v0`. Actions and observations are text.
+
+    An action with `<tool_call>COMMAND</tool_call>` runs the command; one without is the final answer. The observation
+    is the command's output (stdout and stderr as they came), without trailing newlines, followed by `[exit N]` when it
+    failed. `info` has `error` (the command failed), `exit_code`, `timed_out`, and at the end `status`.
+
+    Args:
+      task: what `reset` runs when its options name no task: a Harbor folder or a task. None: `reset` draws one from
+        `families` and `horizons`, by its seed.
+      max_chunks: after so many chunks the episode is truncated; the verifier still runs.
+      max_observation_chars: of a command's output; beyond it the rest is cut, and marked.
+      command_seconds: a command that takes longer is killed; what it printed is observed with exit code 124.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's name and type)
+
+    def __init__(
+        self,
+        task: HarborTask | str | Path | None = None,
+        *,
+        families: Sequence[str] = FAMILIES,
+        horizons: Sequence[int] = range(MIN_HORIZON, MAX_HORIZON + 1),
+        max_chunks: int = 16,
+        max_observation_chars: int = 256,
+        command_seconds: float = 5.0,
+    ) -> None:
+        if max_chunks < 1 or max_observation_chars <= len(_CUT) or command_seconds <= 0:
+            raise ValueError(
+                f"expected max_chunks ≥ 1, max_observation_chars > {len(_CUT)} and command_seconds > 0, "
+                f"got {max_chunks}, {max_observation_chars}, {command_seconds}"
+            )
+        self.observation_space = AnyText()
+        self.action_space = AnyText()
+        self.max_chunks = max_chunks
+        self.max_observation_chars = max_observation_chars
+        self.command_seconds = command_seconds
+        self._families, self._horizons = tuple(families), tuple(horizons)
+        self._default = _as_task(task) if task is not None else None
+        self._task: HarborTask | None = None
+        self._sandbox: Sandbox | None = None
+        self._observation = ""
+        self._chunks = 0
+        self._seconds = 0.0
+        self.timings: dict[str, float] = {}
+        """Seconds of this episode by stage: start, commands, verify. Not in `info`, which is the same for every run."""
+
+    # --- the episode -------------------------------------------------------------------------------------------------
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """A fresh sandbox. `options` may hold `task`: a Harbor folder or a HarborTask.
+
+        Raises:
+          TaskFormatError: the folder is malformed.
+          SpecError, BackendUnavailable: this machine can't give what the task asks for; trying again won't help.
+          EnvFailure: the sandbox didn't start; trying again may help.
+        """
+        super().reset(seed=seed)
+        options = dict(options or {})
+        chosen = options.pop("task", None)
+        if options:
+            raise ValueError(f"options: unknown key {next(iter(options))!r}; expected 'task'")
+        task = _as_task(chosen) if chosen is not None else self._default or self._draw_task()
+        return self._begin(task, None)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Runs one chunk: (observation, reward, terminated, truncated, info). The reward is 0 until the episode ends.
+
+        Raises:
+          ResetNeeded: no episode is running.
+          EnvFailure: the sandbox or the verifier failed. The episode is over and has no reward.
+        """
+        if self._sandbox is None or self._task is None:
+            raise ResetNeeded("expected reset() before step()")
+        self._chunks += 1
+        call = _TOOL_CALL.search(action)
+        if call is None:
+            return self._finish("", {"error": False, "exit_code": 0, "timed_out": False}, truncated=False)
+        with infrastructure(self.close):
+            result = self._run(call[1])
+        self._observation = self._render(result)
+        self._seconds += result.seconds
+        self.timings["commands"] += result.seconds
+        info = {"error": result.exit_code != 0, "exit_code": result.exit_code, "timed_out": result.timed_out}
+        if self._chunks >= self.max_chunks or self._seconds >= self._task.limits.agent_seconds:
+            return self._finish(self._observation, info, truncated=True)
+        return self._observation, 0.0, False, False, self._info(info)
+
+    def close(self) -> None:
+        """Destroys the sandbox. May be called again, and in any state."""
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
+            with suppress(RockError):  # it is dead already, or its supervisor is
+                sandbox.stop()
+
+    # --- chunk-initialised resampling --------------------------------------------------------------------------------
+
+    def snapshot(self) -> EnvSnapshot:
+        """The state between two chunks, to go on from any number of times; files are shared until written to.
+
+        Background processes are not part of it. Raises EnvFailure, and ResetNeeded when no episode is running.
+        """
+        if self._sandbox is None or self._task is None:
+            raise ResetNeeded("expected reset() before snapshot()")
+        with infrastructure(self.close):
+            sandbox = self._sandbox.snapshot()
+        return EnvSnapshot(self._task, sandbox, self._chunks, self._seconds, self._observation)
+
+    def restore(self, snapshot: EnvSnapshot) -> tuple[str, dict[str, Any]]:
+        """Continues from a snapshot of this or another environment, in a sandbox of its own. Returns what `reset` does,
+        with the observation that the snapshot was taken after."""
+        self._begin(snapshot.task, snapshot.sandbox)
+        self._chunks, self._seconds = snapshot.chunks, snapshot.command_seconds
+        self._observation = snapshot.observation
+        return self._observation, self._info({})
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, task: HarborTask, snapshot: Snapshot | None) -> tuple[str, dict[str, Any]]:
+        self.close()
+        start = time.monotonic()
+        with infrastructure(self.close):
+            spec = sandbox_spec(task, self.command_seconds) if snapshot is None else None  # a snapshot brings its own
+            self._sandbox = Sandbox.start(spec, snapshot=snapshot)
+        self._task, self._chunks, self._seconds = task, 0, 0.0
+        self.timings = {"start": time.monotonic() - start, "commands": 0.0}
+        self._observation = task.task.instruction
+        return self._observation, self._info({})
+
+    def _run(self, command: str) -> CommandResult:
+        if "\0" in command:  # no shell takes it; the policy wrote it, so it's the policy's error
+            return CommandResult(2, "bash: a NUL byte can't be part of a command", False, False, None, False, 0.0)
+        return self._sandbox.session().run(command, timeout=self.command_seconds)
+
+    def _render(self, result: CommandResult) -> str:
+        text = result.output.rstrip("\n")
+        if len(text) > self.max_observation_chars:
+            text = text[: self.max_observation_chars - len(_CUT)] + _CUT
+        if result.exit_code != 0:
+            text = f"{text}\n[exit {result.exit_code}]" if text else f"[exit {result.exit_code}]"
+        return text
+
+    def _finish(
+        self, observation: str, info: dict[str, Any], truncated: bool
+    ) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        start = time.monotonic()
+        with infrastructure(self.close):
+            reward = run_verifier(self._sandbox, self._task)
+        self.close()
+        self.timings["verify"] = time.monotonic() - start
+        info["status"] = (Status.TRUNCATED if truncated else Status.COMPLETED).value
+        return observation, reward, not truncated, truncated, self._info(info)
+
+    def _info(self, info: dict[str, Any]) -> dict[str, Any]:
+        return {"task_id": self._task.task.id, "chunks": self._chunks, **info}
+
+    def _draw_task(self) -> HarborTask:
+        family = self._families[self.np_random.integers(len(self._families))]
+        horizon = self._horizons[self.np_random.integers(len(self._horizons))]
+        return draft_task(family, int(self.np_random.integers(2**31)), int(horizon))
+
+
+def _as_task(task: HarborTask | str | Path) -> HarborTask:
+    return task if isinstance(task, HarborTask) else load_task(task)
+
+
+__all__ = ["AnyText", "EnvFailure", "EnvSnapshot", "TerminalEnv"]
