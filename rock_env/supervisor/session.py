@@ -40,8 +40,12 @@ _PROGRAM = (
     " done"
 )
 _SAVE = "__rock_save"
-# bash's own read-only variables: assigning one would end the restoration.
-_READONLY = re.compile(r"^declare -\S*r\S* (?:BASHOPTS|BASH_VERSINFO|EUID|PPID|SHELLOPTS|UID)=.*\n", re.MULTILINE)
+# Variables that bash keeps itself: some are read-only, and assigning one would end the restoration.
+_OWN = (
+    r"BASH\w*|COMP_WORDBREAKS|DIRSTACK|EPOCH\w+|EUID|FUNCNAME|GROUPS|HIST\w*|HOST\w+|LINENO|MACHTYPE|OPTERR|OPTIND|OSTYPE|"
+    r"PIPESTATUS|PPID|PWD|RANDOM|SECONDS|SHELLOPTS|SHLVL|SRANDOM|UID|_|__rock_\w+"
+)
+_OWN_LINE = re.compile(rf"^declare -\S+ (?:{_OWN})(?:=.*)?\n", re.MULTILINE)
 
 
 class Session:
@@ -114,7 +118,7 @@ class Session:
                 self._changed.set()
             elif record[:1] == _STATE:
                 directory, _, text = record[1:].decode("utf-8", "surrogateescape").partition("\n")
-                self.state = (directory, _READONLY.sub("", text))
+                self.state = (directory, _OWN_LINE.sub("", text))
 
     def close(self) -> None:
         """Forget the shell (its process is killed with the sandbox, or has ended)."""
