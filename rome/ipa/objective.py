@@ -106,10 +106,10 @@ def policy_loss(
     chunk = unit_ids(batch, "chunk")
     returns = to_tokens(batch.returns, chunk, 0.0)
     kept = kept_tokens(sampled, config)
-    weight = ratio_weight(lax.stop_gradient(logp), sampled, kept, config)
+    weight = ratio_weight(logp, sampled, kept, config)
     rl = weighted_nll(logp, weight * returns, kept) / jnp.maximum(totals.rl, 1.0)
     il = weighted_nll(logp, returns, unit_ids(expert, "token") >= 0) / jnp.maximum(totals.imitation, 1.0)
     loss = config.lambda_rl * rl + config.lambda_il * il
     metrics = {"train/loss": loss, "train/loss_rl": rl, "train/loss_il": il}
     metrics |= policy_metrics(logp, reference_logp(sampled, config), sampled, expert, kept, config)
-    return loss, lax.stop_gradient(metrics)
+    return loss, metrics

@@ -164,6 +164,21 @@ def test_what_the_mask_drops_never_reaches_loss_or_gradient(name, bad):
             other[at] = saved
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_dropped_token_without_a_number_is_left_out_of_its_trajectorys_ratio(bad):
+    config = OBJECTIVES["topr_token_mask"]
+    logp, batch = random_batch(6)
+    batch = batch.replace(positive=np.zeros_like(batch.positive))
+    at = trained(batch, False)[0]
+    logp[at] = batch.behavior_logp[at] = bad
+    without = batch.chunk_ids.copy()
+    without[at] = -1
+    totals = batch_totals(batch, config)
+    loss, _ = policy_loss(logp, batch, config, totals=totals)
+    expected, _ = policy_loss(logp, batch.replace(chunk_ids=without), config, totals=totals)
+    assert np.isfinite(loss) and loss == expected
+
+
 def test_a_broken_log_prob_that_is_trained_is_not_hidden():
     logp, batch = random_batch(6)
     logp[trained(batch, False)[0]] = np.nan
