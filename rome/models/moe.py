@@ -49,6 +49,117 @@ def dense_dispatch(x_NxD: jax.Array, routing: Routing, experts: Experts) -> jax.
     return jnp.einsum("enf,efd->nd", hidden_ExNxF, experts.down)
 
 
+def sparse_dispatch(x_NxD: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+    """Dropless: every token visits its chosen experts only. [N, D] -> [N, D], equal to `dense_dispatch` up to rounding.
+
+    Visits are sorted by expert and each expert's are padded to whole blocks, so that one scan over a static number of
+    blocks, each a small dense product with one expert's weights, covers any distribution of tokens over experts.
+    """
+    plan = _plan(routing.experts, experts.gate.shape[0], _block_size(routing.experts.size, experts.gate.shape[0]))
+    return _run_plan(x_NxD, routing.weights, experts, plan)
+
+
+class _Plan(NamedTuple):
+    """Where visits go. ``slot`` i32[N, K]: row of each visit among the padded rows; ``visit`` i32[C, R]: the visit
+    (n * K + k) in each row of each block, N * K in padding; ``expert`` i32[C]: the expert of each block."""
+
+    slot: jax.Array
+    visit: jax.Array
+    expert: jax.Array
+
+
+def _block_size(visits: int, num_experts: int) -> int:
+    """A power of two near half of an expert's fair share: little padding, few blocks."""
+    share = max(visits // (2 * num_experts), 1)
+    return min(max(1 << (share.bit_length() - 1), 8), 128)
+
+
+def _plan(experts_NxK: jax.Array, num_experts: int, block: int) -> _Plan:
+    visits = experts_NxK.size
+    num_blocks = -(-visits // block) + num_experts  # enough for any routing
+    expert_of_visit = experts_NxK.reshape(-1)
+    order = jnp.argsort(expert_of_visit, stable=True)
+    counts = (expert_of_visit[:, None] == jnp.arange(num_experts)).sum(axis=0)
+    blocks_until = jnp.cumsum(-(-counts // block))
+    padding_before = block * (blocks_until - -(-counts // block)) - (jnp.cumsum(counts) - counts)
+    row_of_sorted = jnp.arange(visits) + padding_before[expert_of_visit[order]]
+    slot = jnp.zeros((visits,), jnp.int32).at[order].set(row_of_sorted, unique_indices=True)
+    visit = jnp.full((num_blocks * block,), visits, jnp.int32).at[row_of_sorted].set(order, unique_indices=True)
+    expert = (jnp.arange(num_blocks)[:, None] >= blocks_until).sum(axis=1)
+    return _Plan(
+        slot.reshape(experts_NxK.shape), visit.reshape(num_blocks, block), jnp.minimum(expert, num_experts - 1)
+    )
+
+
+@jax.custom_vjp
+def _run_plan(x_NxD: jax.Array, weights_NxK: jax.Array, experts: Experts, plan: _Plan) -> jax.Array:
+    return _run_plan_forward(x_NxD, weights_NxK, experts, plan)[0]
+
+
+def _rows(values_NxD: jax.Array, plan: _Plan, visits_a_token: int) -> jax.Array:
+    """Copies each token's row to its visits: [N, D] -> [C, R, D], zeros in padding."""
+    return values_NxD.at[plan.visit // visits_a_token].get(mode="fill", fill_value=0)
+
+
+def _gather_sum(rows_CxRxD: jax.Array, plan: _Plan) -> jax.Array:
+    """Sums the visits of each token: [C, R, D] -> [N, D]."""
+    return rows_CxRxD.reshape(-1, rows_CxRxD.shape[-1])[plan.slot].sum(axis=1)
+
+
+def _run_plan_forward(x_NxD: jax.Array, weights_NxK: jax.Array, experts: Experts, plan: _Plan):
+    weights_CxR = weights_NxK.reshape(-1).at[plan.visit].get(mode="fill", fill_value=0).astype(x_NxD.dtype)
+
+    def step(_: None, block: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+        x, weights, expert = block
+        gate, up = x @ experts.gate[expert], x @ experts.up[expert]
+        hidden = jax.nn.silu(gate) * up * weights[:, None]
+        return None, (hidden @ experts.down[expert], gate, up)
+
+    rows = _rows(x_NxD, plan, weights_NxK.shape[1])
+    _, (out, gate, up) = jax.lax.scan(step, None, (rows, weights_CxR, plan.expert))
+    return _gather_sum(out, plan), (x_NxD, weights_NxK, weights_CxR, experts, plan, gate, up)
+
+
+def _run_plan_backward(residuals: tuple, d_y: jax.Array):
+    x_NxD, weights_NxK, weights_CxR, experts, plan, gate, up = residuals
+    top = weights_NxK.shape[1]
+
+    def step(grads: Experts, block: tuple[jax.Array, ...]) -> tuple[Experts, tuple[jax.Array, jax.Array]]:
+        x, d_out, weights, gate, up, expert = block
+        sigmoid = jax.nn.sigmoid(gate)
+        act = gate * sigmoid
+        d_hidden = d_out @ experts.down[expert].T
+        d_weights = (d_hidden * act * up).astype(jnp.float32).sum(axis=-1)
+        d_up = d_hidden * act * weights[:, None]
+        d_gate = d_hidden * up * weights[:, None] * (sigmoid + act * (1 - sigmoid))
+        d_x = d_gate @ experts.gate[expert].T + d_up @ experts.up[expert].T
+        update = Experts(x.T @ d_gate, x.T @ d_up, (act * up * weights[:, None]).T @ d_out)
+        grads = jax.tree.map(lambda total, new: total.at[expert].add(new.astype(total.dtype)), grads, update)
+        return grads, (d_x, d_weights)
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), experts)
+    blocks = (_rows(x_NxD, plan, top), _rows(d_y, plan, top), weights_CxR, gate, up, plan.expert)
+    grads, (d_x, d_weights) = jax.lax.scan(step, zeros, blocks)
+    grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, experts)
+    return _gather_sum(d_x, plan), d_weights.reshape(-1)[plan.slot].astype(weights_NxK.dtype), grads, None
+
+
+_run_plan.defvjp(_run_plan_forward, _run_plan_backward)
+
+DISPATCHES: dict[str, Dispatch] = {"dense": dense_dispatch, "sparse": sparse_dispatch}
+
+
+def pick_dispatch(config: ModelConfig, num_tokens: int) -> Dispatch:
+    """The dispatch that ``config.moe_dispatch`` names; ``auto`` goes by the number of products that each needs."""
+    if config.moe_dispatch != "auto":
+        return DISPATCHES[config.moe_dispatch]
+    visits = num_tokens * config.num_experts_per_token
+    padding = config.num_experts * _block_size(visits, config.num_experts)
+    dense_visits = num_tokens * config.num_experts
+    return sparse_dispatch if num_tokens >= 256 and 2 * (visits + padding) < dense_visits else dense_dispatch
+
+
 def moe_mlp(x_NxD: jax.Array, router_DxE: jax.Array, experts: Experts, config: ModelConfig) -> jax.Array:
     """Routed SwiGLU feed-forward: [N, D] -> [N, D]."""
-    return dense_dispatch(x_NxD, route(x_NxD, router_DxE, config), experts)
+    dispatch = pick_dispatch(config, x_NxD.shape[0])
+    return dispatch(x_NxD, route(x_NxD, router_DxE, config), experts)

@@ -80,8 +80,10 @@ class Tokenizer:
         """Ids of text; never a special one. Lone surrogates that stand for bytes (``surrogateescape``) become those."""
         try:
             ids = self._bpe.encode(text).ids
-        except UnicodeEncodeError:
-            return self.encode_bytes(_escaped_bytes(text))
+        except TypeError:
+            if not isinstance(text, str):
+                raise
+            return self.encode_bytes(_escaped_bytes(text))  # lone surrogates, which UTF-8 has no bytes for
         return [index + self._offset for index in ids]
 
     def encode_bytes(self, data: bytes) -> list[int]:
