@@ -19,7 +19,12 @@ _VERIFIER_SECONDS = 10.0
 
 _TEST_SH = """#!/bin/sh
 # Looks at what the agent left behind; never runs it. Only regular files are read: a pipe would block.
-same() {{ [ -f "$1" ] && [ "$(head -c 8192 "$1")" = "$2" ]; }}
+answered() {{ [ -f answer.txt ] && [ "$(head -c 8192 answer.txt)" = "$1" ]; }}
+hold() {{
+  shown=$1; shift
+  for file; do [ -f "$file" ] || return 1; done
+  [ "$(head -v -c 8192 "$@")" = "$shown" ]
+}}
 reward=0
 if cd {workdir} &&
 {checks}

@@ -54,7 +54,7 @@ def sandbox_spec(task: HarborTask, command_seconds: float) -> SandboxSpec:
             raise BackendUnavailable(f"task {task.task.id}: expected the program {program!r} in {_PROGRAM_FOLDERS}")
         # No interpreter where sandboxes can see it: lend them this process's own, read-only.
         binds[sys.base_prefix] = _PYTHON_HOME
-        env["PATH"] = ":".join((*_PROGRAM_FOLDERS, f"{_PYTHON_HOME}/bin"))
+        env["PATH"] = f"/usr/local/bin:/usr/bin:/bin:{_PYTHON_HOME}/bin"
     return SandboxSpec(
         files={path: FileEntry(file.content, file.mode) for path, file in task.files.items()},
         workdir=task.workdir,

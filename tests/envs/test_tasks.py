@@ -199,6 +199,13 @@ def test_links_that_could_point_outside_are_refused(folder: Path) -> None:
         load_task(folder)
 
 
+def test_special_mode_bits_are_refused(folder: Path) -> None:
+    (folder / "environment" / "files" / "tool.sh").write_text("true")
+    (folder / "environment" / "files" / "tool.sh").chmod(0o4755)
+    with pytest.raises(TaskFormatError, match=r"^environment/files/tool\.sh: mode: expected permission bits"):
+        load_task(folder)
+
+
 def test_text_must_be_utf8_and_not_empty(folder: Path) -> None:
     (folder / "instruction.md").write_bytes(b"ab\xff")
     with pytest.raises(TaskFormatError, match=r"^instruction\.md: byte 2: expected UTF-8"):

@@ -103,9 +103,20 @@ class Family(ABC):
         """A task whose expert takes `steps` ≥ 1 commands, then stops."""
 
 
-def same(path: str, content: str) -> str:
-    """Condition: the regular file holds exactly this text (trailing newlines aside)."""
-    return f"same {path} {shlex.quote(content)}"
+def answered(text: str) -> str:
+    """Condition: answer.txt holds this text (trailing newlines aside)."""
+    return f"answered {shlex.quote(text)}"
+
+
+def hold(files: dict[str, str]) -> str:
+    """Condition: all these regular files hold exactly these lines. One process looks at all of them."""
+    shown = "\n\n".join(f"==> {path} <==\n{text}" for path, text in files.items())
+    return f"hold {shlex.quote(shown)} {' '.join(files)}"
+
+
+def prints(command: str, lines: Sequence[str]) -> str:
+    """Condition: the command prints these lines."""
+    return f'[ "$({command})" = {shlex.quote(chr(10).join(lines))} ]'
 
 
 def inline(ask: str, seen: str) -> str:
@@ -167,8 +178,8 @@ def trail(
 class Visit:
     """One item of a two-step routine: a look at it, what the look shows, and the act that this calls for.
 
-    `answer` is what the act appends to answer.txt, if it does; `untouched` are conditions that hold while the item is
-    left alone.
+    `answer` is what the act appends to answer.txt, if it does. `leaves` are files as they are after the act; the
+    item's own name is gone then, if it isn't among them.
     """
 
     look: str
@@ -176,9 +187,8 @@ class Visit:
     act: str
     wrong_acts: tuple[str, ...]
     files: dict[str, str]
-    checks: tuple[str, ...] = ()
     answer: str = ""
-    untouched: tuple[str, ...] = ()
+    leaves: dict[str, str] = field(default_factory=dict)
 
 
 def visits(draw: Draw, steps: int, ask: str, visit: Callable[[str], Visit], suffix: str) -> Draft:
@@ -187,9 +197,11 @@ def visits(draw: Draw, steps: int, ask: str, visit: Callable[[str], Visit], suff
     names = [word + suffix for word in draw.words(max(1, steps // 2))]
     items = [visit(name) for name in names]
     files = {path: text for item in items for path, text in item.files.items()}
-    checks = [check for item in items for check in item.checks]
     if answers := [item.answer for item in items if item.answer]:
-        checks.append(same("answer.txt", "\n".join(answers)))
+        checks = [answered("\n".join(answers))]
+    else:
+        checks = [hold({path: text for item in items for path, text in item.leaves.items()})]
+        checks += [f"[ ! -e {name} ]" for name, item in zip(names, items, strict=True) if name not in item.leaves]
     listed = " ".join(names)
     taken = [
         step
@@ -205,5 +217,7 @@ def visits(draw: Draw, steps: int, ask: str, visit: Callable[[str], Visit], suff
     files.update(decoy.files)
     files[f"{manifest}.txt"] = draw.fork(f"old: {old + suffix}", f"new: {listed}")
     taken[0] = Step(taken[0].command, item=0, detours=((decoy.look, decoy.act),))
+    if decoy.leaves:
+        checks.append(hold({old + suffix: decoy.files[old + suffix]}))
     instruction = ask.format(items=f"the new files of {manifest}.txt")
-    return Draft(instruction, files, (Step(f"cat {manifest}.txt"), *taken), (*checks, *decoy.untouched))
+    return Draft(instruction, files, (Step(f"cat {manifest}.txt"), *taken), tuple(checks))

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from rome.envs.families.base import Draft, Draw, Family, Listing, Step, inline, same, split_steps, trail
+from rome.envs.families.base import (
+    Draft,
+    Draw,
+    Family,
+    Listing,
+    Step,
+    answered,
+    hold,
+    inline,
+    prints,
+    split_steps,
+    trail,
+)
 
 
 class FollowHints(Family):
@@ -16,7 +28,7 @@ class FollowHints(Family):
         code, old_code, decoy_code = draw.code(), draw.code(), draw.code()
         end = draw.fork(f"old: {old_code}", f"code: {code}")
         write = Step(f"echo {code} > answer.txt", acts=True, swaps=(f"echo {old_code} > answer.txt",))
-        checks = (same("answer.txt", code),)
+        checks = (answered(code),)
         if steps == 1:
             return Draft(inline("Write the code to answer.txt.", end), {}, (write,), checks)
         path = [f"{word}.txt" for word in draw.words(steps - 1)]
@@ -42,7 +54,7 @@ class ExtractLogs(Family):
     def build(self, draw: Draw, steps: int) -> Draft:
         code, failed_code, decoy_code = draw.code(), draw.code(), draw.code()
         write = Step(f"echo {code} > answer.txt", acts=True, swaps=(f"echo {failed_code} > answer.txt",))
-        checks = (same("answer.txt", code),)
+        checks = (answered(code),)
         if steps == 1:
             seen = draw.fork(f"err {failed_code}", f"ok {code}")
             return Draft(inline("Write the ok code to answer.txt.", seen), {}, (write,), checks)
@@ -95,7 +107,7 @@ class EditConfig(Family):
             return tuple(f"sed -i s/{key}=.*/{key}={value}/ {file}" for key, value in after.items())
 
         files = {target: text(before)} | {old: text({key: draw.code() for key in keys}) for old in olds}
-        checks = (same(target, text(before | after)), *(same(old, files[old]) for old in olds))
+        checks = (hold({target: text(before | after)} | {old: files[old] for old in olds}),)
         last = draw.fork(f"old: {olds[-1]}", f"use: {target}")
         acts = [
             Step(edit, acts=True, item=number, swaps=(wrong,))
@@ -126,7 +138,7 @@ class RepairPermissions(Family):
 
         def make(count: int) -> Listing:
             listing = Listing("", [])
-            rows = []
+            rows, modes = [], {}
             for number, name in enumerate(f"{word}.sh" for word in draw.words(count)):
                 new = mode()
                 while (old := mode()) == new:
@@ -135,7 +147,8 @@ class RepairPermissions(Family):
                 wrong = (f"chmod {old} {name}",)
                 listing.steps.append(Step(f"chmod {new} {name}", acts=True, item=number, swaps=wrong))
                 listing.files[name] = f"echo {draw.code()}"
-                listing.checks.append(f'[ "$(stat -c %a {name})" = {new} ]')
+                modes[name] = new
+            listing.checks = [prints(f"stat -c %a {' '.join(modes)}", list(modes.values()))]
             listing.text = "\n".join(rows)
             return listing
 
@@ -150,14 +163,15 @@ class MakeLinks(Family):
     def build(self, draw: Draw, steps: int) -> Draft:
         def make(count: int) -> Listing:
             listing = Listing("", [])
-            rows = []
+            rows, targets = [], {}
             for number, link in enumerate(draw.words(count)):
                 old, new = (f"{word}.txt" for word in draw.words(2))
                 rows.append(f"link {link} {draw.fork(f'old {old}', f'new {new}', ' ')}")
                 wrong = (f"ln -s {old} {link}",)
                 listing.steps.append(Step(f"ln -s {new} {link}", acts=True, item=number, swaps=wrong))
                 listing.files |= {old: draw.code(), new: draw.code()}
-                listing.checks.append(f'[ "$(readlink {link})" = {new} ]')
+                targets[link] = new
+            listing.checks = [prints(f"readlink {' '.join(targets)}", list(targets.values()))]
             listing.text = "\n".join(rows)
             return listing
 
@@ -175,24 +189,25 @@ class CountMatches(Family):
 
     def build(self, draw: Draw, steps: int) -> Draft:
         log = f"{draw.word()}.log"
-        lines: list[str] = []
+        lines: dict[str, int] = {}
 
         def make(count: int) -> Listing:
             words, olds = draw.words(count), draw.words(min(count, 2))
-            # Few words get high counts: the answer has to hold enough bits not to be guessed.
-            counts = {word: draw.between(5, 5 + 240 // count) for word in words + olds}
-            lines.extend(word for word, times in counts.items() for _ in range(times))
+            # Few words get high counts: the answer has to hold enough bits not to be guessed. No count comes twice.
+            free = [times for times in range(5, 30 + 150 // count) if times not in lines.values()]
+            counts = dict(zip(words + olds, draw.random.sample(free, len(words + olds)), strict=True))
+            lines.update(counts)
             steps = [Step(f"grep -c {word} {log} >> answer.txt", acts=True, item=i) for i, word in enumerate(words)]
             detour = tuple(f"grep -c {word} {log} >> answer.txt" for word in olds)
             steps[0] = Step(steps[0].command, acts=True, item=0, detours=(detour,))
             answer = "\n".join(str(counts[word]) for word in words)
-            return Listing(_two_lists(draw, olds, words), steps, {}, [same("answer.txt", answer)])
+            return Listing(_two_lists(draw, olds, words), steps, {}, [answered(answer)])
 
         def ask(start: str) -> str:
             return f"Count each new word{start and f' of {start}'} in {log} into answer.txt."
 
         draft = trail(draw, steps, ask, make, ".txt", 8)
-        draft.files[log] = "\n".join(draw.shuffled(lines))
+        draft.files[log] = "\n".join(draw.shuffled([word for word, times in lines.items() for _ in range(times)]))
         return draft
 
 

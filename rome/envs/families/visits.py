@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from rome.envs.families.base import Draft, Draw, Family, Step, Visit, inline, same, visits
+from rome.envs.families.base import Draft, Draw, Family, Step, Visit, hold, inline, visits
 
 COLUMNS = ("cost", "rate", "size", "load", "mass", "heat", "cash", "dose")
 
 
 class Table:
-    """Rows of three-digit numbers under a header that numbers its columns, in an order of the table's own."""
+    """Rows of three-digit numbers under a header that numbers its columns, in an order of the table's own.
+
+    No two columns have the same sum or put the rows into the same order: only the wanted one gives its answer.
+    """
 
     def __init__(self, draw: Draw, wanted: str, rows: int = 4) -> None:
         others = draw.shuffled([column for column in COLUMNS if column != wanted])[:2]
@@ -18,21 +21,22 @@ class Table:
         self.wanted = columns.index(wanted) + 1
         self.others = [number for number in (1, 2, 3) if number != self.wanted]
         self.header = "# " + " ".join(f"{column}={number}" for number, column in enumerate(columns, 1))
-        # Columns without repeats: the order by any of them is unique.
-        values = [draw.random.sample(range(100, 1000), rows) for _ in columns]
-        self.rows = list(zip(*values, strict=True))
+        while True:
+            # Columns without repeats: the order by any of them is unique.
+            values = [draw.random.sample(range(100, 1000), rows) for _ in columns]
+            self.rows = list(zip(*values, strict=True))
+            if len({sum(column) for column in values}) == len({self.ordered(n) for n in (1, 2, 3)}) == 3:
+                break
 
     @property
     def text(self) -> str:
         return self._lines(self.rows)
 
-    @property
-    def ordered(self) -> str:
-        return self._lines(sorted(self.rows, key=lambda row: row[self.wanted - 1]))
+    def ordered(self, column: int) -> str:
+        return self._lines(sorted(self.rows, key=lambda row: row[column - 1]))
 
-    @property
-    def total(self) -> str:
-        return str(sum(row[self.wanted - 1] for row in self.rows))
+    def total(self, column: int) -> str:
+        return str(sum(row[column - 1] for row in self.rows))
 
     def _lines(self, rows: list[tuple[int, ...]]) -> str:
         return "\n".join([self.header, *(" ".join(map(str, row)) for row in rows)])
@@ -54,7 +58,9 @@ class AggregateNumbers(Family):
 
             wrong = tuple(act(number) for number in table.others)
             files = {name: table.text}
-            return Visit(f"head -1 {name}", table.header, act(table.wanted), wrong, files, answer=table.total)
+            return Visit(
+                f"head -1 {name}", table.header, act(table.wanted), wrong, files, answer=table.total(table.wanted)
+            )
 
         return visits(draw, steps, f"Sum {column} of {{items}} into answer.txt.", visit, ".csv")
 
@@ -75,7 +81,9 @@ class SortRecords(Family):
 
             wrong = tuple(act(number) for number in table.others)
             files = {name: table.text}
-            return Visit(f"head -1 {name}", table.header, act(table.wanted), wrong, files, answer=table.ordered)
+            return Visit(
+                f"head -1 {name}", table.header, act(table.wanted), wrong, files, answer=table.ordered(table.wanted)
+            )
 
         return visits(draw, steps, f"Sort {{items}} by {column} into answer.txt.", visit, ".csv")
 
@@ -92,9 +100,8 @@ class MoveFiles(Family):
             old, new = draw.shuffled(folders)[:2]
             text = draw.fork(f"old: {old}/", f"new: {new}/")
             files = {name: text} | {f"{folder}/.keep": "" for folder in folders}
-            checks = (same(f"{new}/{name}", text), f"[ ! -e {name} ]")
             wrong = (f"mv {name} {old}/",)
-            return Visit(f"cat {name}", text, f"mv {name} {new}/", wrong, files, checks, untouched=(same(name, text),))
+            return Visit(f"cat {name}", text, f"mv {name} {new}/", wrong, files, leaves={f"{new}/{name}": text})
 
         return visits(draw, steps, "Move {items} to the new folders.", visit, ".txt")
 
@@ -158,7 +165,7 @@ class FixFunction(Family):
     programs = ("python3",)
 
     def build(self, draw: Draw, steps: int) -> Draft:
-        cases, files, checks, taken = [], {}, [], []
+        cases, files, fixed, taken = [], {}, {}, []
         shown = ""
         for _ in range(max(1, steps // 2)):
             caller, callee = draw.words(2)
@@ -166,19 +173,18 @@ class FixFunction(Family):
             cases.append((caller, callee, int(want)))
             files[f"{callee}.py"] = f"def {callee}():\n    return {got}"
             files[f"{caller}.py"] = f"def {caller}():\n    # not {got}\n    return {callee}()"
-            # The verifier reads what the agent wrote and never runs it: code could forge the reward.
-            checks += [
-                same(f"{file}.py", files[f"{file}.py"].replace(f"return {got}", f"return {want}"))
-                for file in (caller, callee)
-            ]
+            fixed[f"{callee}.py"] = files[f"{callee}.py"].replace(got, want)
+            fixed[f"{caller}.py"] = files[f"{caller}.py"]
             shown = shown or f"in {caller}.py in {callee}.py got {got} want {want}"
             # After a wrong repair the test shows the same again: this expert gives up there.
             wrong = ((f"sed -i s/{got}/{want}/ {caller}.py",), (f"sed -i s/{want}/{got}/ {callee}.py",))
             fix = Step(f"sed -i s/{got}/{want}/ {callee}.py", acts=True, detours=wrong)
             taken += [Step("python3 test.py"), fix]
+        # The verifier reads what the agent wrote and never runs it: code could forge the reward.
+        checks = (hold(fixed),)
         if steps == 1:
-            return Draft(inline("Fix the function.", shown), files, (taken[1],), tuple(checks))
+            return Draft(inline("Fix the function.", shown), files, (taken[1],), checks)
         if steps % 2:
             taken.append(Step("python3 test.py"))
         files["test.py"] = _TEST_PY.format(cases=cases).rstrip()
-        return Draft("Fix the functions until python3 test.py says ok.", files, tuple(taken), tuple(checks))
+        return Draft("Fix the functions until python3 test.py says ok.", files, tuple(taken), checks)
