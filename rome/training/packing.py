@@ -76,7 +76,8 @@ def _assign(lengths: list[int], chunks: list[int], row_length: int, max_chunks: 
     rows: list[list[int]] = []  # [tokens used, chunks used]
     placed: list[tuple[int, int, int]] = [(0, 0, 0)] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (r for r, (t, c) in enumerate(rows) if t + lengths[item] <= row_length and c + chunks[item] <= max_chunks)
+        need, count = lengths[item], chunks[item]
+        fits = (r for r, (t, c) in enumerate(rows) if t + need <= row_length and c + count <= max_chunks)
         row = next(fits, len(rows))
         if row == len(rows):
             rows.append([0, 0])

@@ -1,0 +1,125 @@
+"""The main job: a 0.9M-parameter policy learns six families of terminal tasks from scratch, on two cores."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every key is read by `rome.training.settings`; override any of them as `--config.KEY=VALUE`."""
+    config = ConfigDict()
+    config.name = "rome_tiny"
+    config.seed = 0
+    config.vocab_size = 1024
+    config.tensorboard = True
+    config.model = ConfigDict(
+        {
+            "hidden_size": 128,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 384,
+            "rope_theta": 1e4,
+            "qk_norm_init": 1.5,
+            "tie_embeddings": True,
+            "scan_layers": False,
+            "num_experts": 0,
+            "num_experts_per_token": 0,
+            "moe_intermediate_size": 0,
+        }
+    )
+    config.tasks = ConfigDict(
+        {
+            "families": (
+                "follow_hints",
+                "count_matches",
+                "move_files",
+                "edit_config",
+                "repair_permissions",
+                "extract_logs",
+            ),
+            "horizons": (2, 3, 4, 5, 6),
+            "held_out": ("merge_records",),
+            "focus": 1.0,
+            "floor": 0.35,
+        }
+    )
+    config.environment = ConfigDict({"max_chunks": 10, "max_observation_chars": 200, "command_seconds": 5.0})
+    config.demonstrations = ConfigDict({"count": 2400, "flawed_fraction": 0.5, "workers": 8})
+    config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
+    config.cpt = _supervised(steps=100, rows=32, row_length=64, learning_rate=3e-3)
+    config.sft = _supervised(steps=500, rows=12, row_length=192, learning_rate=3e-3)
+    config.ipa = ConfigDict(
+        {
+            "return_level": "chunk",
+            "ratio_level": "chunk",
+            "mask_level": "chunk",
+            "ratio_on": "negatives",
+            "ratio_reference": "proximal",
+            "gamma": 0.95,
+            "mismatch_upper": 5.0,
+            "mismatch_lower": None,
+            "normalizer": "tokens",
+            "failure_reward": 0.0,
+            "baseline": "none",
+            "imitation": "off",
+            "lambda_il": 1.0,
+            "lambda_rl": 1.0,
+        }
+    )
+    config.rl = ConfigDict(
+        {
+            "steps": 120,
+            "groups": 16,
+            "group_size": 4,
+            "row_length": 256,
+            "max_chunks": 32,
+            "micro_rows": 8,
+            "updates_per_batch": 1,
+            "skip_inert": True,
+            "save_every": 25,
+            "optimizer": _optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=5),
+        }
+    )
+    config.engine = ConfigDict(
+        {
+            "slots": 64,
+            "cohorts": 2,
+            "max_length": 256,
+            "extend_buckets": (16, 32, 64),
+            "max_chunk_tokens": 32,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+        }
+    )
+    config.rollout = ConfigDict({"async_ratio": 0.0, "allow_unmasked": False, "env_threads": 16, "max_retries": 3})
+    config.evaluation = ConfigDict({"tasks": 120, "samples": 3, "every": 0, "tasks_during": 30, "temperature": 1.0})
+    config.checkpoint = ConfigDict({"supervised_every": 100, "every": 10, "keep": 2})
+    return config
+
+
+def _supervised(steps: int, rows: int, row_length: int, learning_rate: float) -> ConfigDict:
+    return ConfigDict(
+        {
+            "steps": steps,
+            "rows": rows,
+            "row_length": row_length,
+            "log_every": 10,
+            "optimizer": _optimizer(learning_rate, "cosine", 20),
+        }
+    )
+
+
+def _optimizer(learning_rate: float, schedule: str, warmup_steps: int) -> ConfigDict:
+    return ConfigDict(
+        {
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup_steps": warmup_steps,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "epsilon": 1e-8,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+        }
+    )

@@ -1,0 +1,215 @@
+"""From trajectories to one policy update: returns, packing, micro-batches, the IPA step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from rome.ipa import ObjectiveConfig, PolicyBatch, Totals, batch_totals, merge_metrics, trajectory_returns
+from rome.models import ModelConfig
+from rome.training.packing import PackedRows, pack_trajectories
+from rome.training.state import OptimizerConfig, TrainState
+from rome.training.steps import PolicyStep
+from rome.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The reinforcement-learning stage.
+
+    Attributes:
+      steps: batches; groups: task groups a batch; group_size: samples a group.
+      row_length, max_chunks, micro_rows: static shape of a micro-batch.
+      updates_per_batch: 1 is on-policy (π_old = π_θ); more split the batch and use the importance ratio.
+      skip_inert: leave out of the forward pass what has return 0 everywhere: its gradient is exactly 0, and the
+        normaliser still counts it. Its ratios don't show in the metrics.
+      save_every: steps between batches kept for the report's viewer.
+      optimizer: of this stage.
+    """
+
+    steps: int
+    groups: int
+    group_size: int
+    row_length: int
+    max_chunks: int
+    micro_rows: int
+    optimizer: OptimizerConfig
+    updates_per_batch: int = 1
+    skip_inert: bool = True
+    save_every: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "groups", "group_size", "row_length", "max_chunks", "micro_rows", "updates_per_batch"):
+            if getattr(self, name) < (0 if name == "steps" else 1):
+                raise ValueError(f"rl.{name}: expected a positive number, found {getattr(self, name)}")
+
+
+@dataclass
+class Update:
+    """What an update leaves behind: metrics by name, and per trajectory id what the viewer shows of its chunks."""
+
+    metrics: dict[str, float]
+    annotations: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class PolicyTrainer:
+    """Runs `PolicyStep` over batches of trajectories. All shapes are static: nothing recompiles after the first batch.
+
+    The reward shaping, returns and masks are the objective's; see `rome.ipa`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        optimizer: optax.GradientTransformation,
+        settings: PolicySettings,
+        temperature: float = 1.0,
+    ) -> None:
+        self._objective, self._settings = objective, settings
+        on_policy = settings.updates_per_batch == 1
+        self._step = PolicyStep(model, objective, optimizer, on_policy, temperature)
+        self._totals = jax.jit(lambda batch: batch_totals(batch, objective))
+        self._add = jax.jit(lambda a, b: jax.tree.map(lambda x, y: x + y, a, b))
+        self._merge = jax.jit(lambda a, b: merge_metrics(jax.tree.map(lambda x, y: jax.numpy.stack([x, y]), a, b)))
+
+    def update(
+        self, state: TrainState, trajectories: Sequence[Trajectory], seed: int, annotate: bool = False
+    ) -> tuple[TrainState, Update]:
+        """`updates_per_batch` optimizer updates on the trajectories; `seed` orders them into minibatches."""
+        returns = self._returns(trajectories)
+        parts = self._split(trajectories, seed)
+        metrics: list[dict[str, Any]] = []
+        update = Update({})
+        old = self._old_logp(state, trajectories) if len(parts) > 1 else {}
+        for indices in parts:
+            state, part = self._update_part(state, trajectories, returns, indices, old, annotate, update)
+            metrics.append(part)
+        update.metrics = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        return state, update
+
+    def _returns(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """float32[N, C]."""
+        names = {name: index for index, name in enumerate(dict.fromkeys(t.group_id for t in trajectories))}
+        width = self._settings.max_chunks
+        intrinsic = None
+        if any(t.intrinsic_rewards is not None for t in trajectories):
+            intrinsic = np.zeros((len(trajectories), width), np.float32)
+            for row, t in enumerate(trajectories):
+                if t.intrinsic_rewards is not None:
+                    intrinsic[row, : len(t.chunks)] = t.intrinsic_rewards
+        returns = trajectory_returns(
+            np.array([t.final_reward for t in trajectories], np.float32),
+            np.array([len(t.chunks) for t in trajectories], np.int32),
+            width,
+            self._objective,
+            group_ids=np.array([names[t.group_id] for t in trajectories], np.int32),
+            intrinsic=intrinsic,
+        )
+        return np.asarray(returns)
+
+    def _split(self, trajectories: Sequence[Trajectory], seed: int) -> list[list[int]]:
+        count = self._settings.updates_per_batch
+        if count == 1:
+            return [list(range(len(trajectories)))]
+        order = np.random.default_rng(seed).permutation(len(trajectories))
+        return [sorted(int(i) for i in part) for part in np.array_split(order, count)]
+
+    def _batches(
+        self, trajectories: Sequence[Trajectory], returns: np.ndarray, old: dict[str, np.ndarray]
+    ) -> tuple[PackedRows, list[PolicyBatch]]:
+        """The trajectories as packed rows, and these as micro-batches. `old`: π_old by trajectory id, where known."""
+        s = self._settings
+        rows = pack_trajectories(trajectories, s.row_length, s.max_chunks, s.micro_rows)
+        old_logp = np.zeros_like(rows.behavior_logp)
+        for t, p in zip(trajectories, rows.places, strict=True):
+            if t.id in old:
+                old_logp[p.row, p.start : p.start + p.length] = old[t.id]
+        whole = PolicyBatch(
+            tokens=rows.tokens,
+            positions=rows.positions,
+            segment_ids=rows.segment_ids,
+            chunk_ids=rows.chunk_ids,
+            old_logp=old_logp,
+            behavior_logp=rows.behavior_logp,
+            returns=rows.table(list(returns), np.float32),
+            positive=rows.table([t.succeeded for t in trajectories], bool, False),
+            imitation=rows.table([np.arange(len(t.chunks)) < t.prefix_chunks for t in trajectories], bool, False),
+        )
+        starts = range(0, rows.num_rows, s.micro_rows)
+        return rows, [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
+
+    def _old_logp(self, state: TrainState, trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
+        """π_old of each trajectory's tokens, float32[length], under the parameters before the first update."""
+        rows, batches = self._batches(trajectories, np.zeros((len(trajectories), self._settings.max_chunks)), {})
+        logp = np.concatenate([np.asarray(self._step.log_probs(state.params, batch)) for batch in batches])
+        return {t.id: logp[p.row, p.start : p.start + p.length] for t, p in zip(trajectories, rows.places, strict=True)}
+
+    def _update_part(
+        self,
+        state: TrainState,
+        trajectories: Sequence[Trajectory],
+        returns: np.ndarray,
+        indices: Sequence[int],
+        old: dict[str, np.ndarray],
+        annotate: bool,
+        update: Update,
+    ) -> tuple[TrainState, dict[str, float]]:
+        """One optimizer update on `trajectories[indices]`."""
+        moving = [i for i in indices if np.any(returns[i])]
+        if not moving:  # the gradient would be 0, and no optimizer's momentum should move on that
+            return state, {"train/nothing_to_train": 1.0, "train/grad_norm": 0.0, "train/loss": 0.0}
+        live = moving if self._settings.skip_inert and not annotate else list(indices)
+        rows, batches = self._batches([trajectories[i] for i in live], returns[live], old)
+        inert = sorted(set(indices) - set(live))
+        counted = list(batches)
+        if inert:
+            counted += self._batches([trajectories[i] for i in inert], returns[inert], old)[1]
+        totals = Totals(np.float32(0), np.float32(0))
+        for batch in counted:
+            totals = self._add(totals, self._totals(batch))
+        gradients, merged, logps = self._step.zeros(state.params), None, []
+        for batch in batches:
+            gradients, (_, metrics, logp) = self._step.accumulate(state.params, gradients, batch, totals)
+            merged = metrics if merged is None else self._merge(merged, metrics)
+            logps.append(logp)
+        state, norm = self._step.apply(state, gradients)
+        numbers = {name: float(value) for name, value in jax.device_get(merged).items()}
+        entropy = numbers.pop("entropy_sum") / max(numbers["train/tokens"], 1.0)
+        numbers |= {"train/grad_norm": float(norm), "train/entropy": entropy, "train/row_fill": rows.fill}
+        if annotate:
+            logp = np.concatenate([np.asarray(part) for part in logps])
+            self._annotate(update, [trajectories[i] for i in live], returns[live], rows, logp, old)
+        return state, numbers
+
+    def _annotate(
+        self,
+        update: Update,
+        trajectories: Sequence[Trajectory],
+        returns: np.ndarray,
+        rows: PackedRows,
+        logp: np.ndarray,
+        old: dict[str, np.ndarray],
+    ) -> None:
+        """Per-chunk returns, ratios (Eq 8), mismatch and mask of each trajectory, for people to look at."""
+        old_logp = logp.copy()
+        for t, p in zip(trajectories, rows.places, strict=True):
+            if t.id in old:
+                old_logp[p.row, p.start : p.start + p.length] = old[t.id]
+        drift = rows.per_chunk_mean(logp - old_logp)
+        gap = rows.per_chunk_mean(old_logp - rows.behavior_logp)
+        upper, lower = self._objective.mismatch_upper, self._objective.mismatch_lower or 0.0
+        for t, g, d, m in zip(trajectories, returns, drift, gap, strict=True):
+            mismatch = np.exp(np.clip(m, -20, 20))
+            update.annotations[t.id] = {
+                "returns": [float(x) for x in g[: len(t.chunks)]],
+                "ratio": [float(x) for x in np.exp(np.clip(d, -20, 20))],
+                "mismatch": [float(x) for x in mismatch],
+                "kept": [bool(lower <= x <= upper) for x in mismatch],
+                "positive": t.succeeded,
+            }

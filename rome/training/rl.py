@@ -1,0 +1,145 @@
+"""The IPA stage: roll out groups, buffer them, update the policy, publish the weights; synchronous or asynchronous."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+
+from rome.data import TaskSampler, TaskSpec
+from rome.envs import draft_task
+from rome.rollout import BackgroundRollouts, GroupRequest, RolloutRunner, SampleBuffer
+from rome.training.settings import RunSettings
+from rome.trajectory import Trajectory
+
+
+def request_for(spec: TaskSpec, group_id: str, size: int, run_seed: int) -> GroupRequest:
+    """A group of `size` samples of the task; the sampling seed is a hash of the run's seed and the group's name."""
+    digest = hashlib.sha256(f"{run_seed}/{group_id}".encode()).digest()
+    task = draft_task(spec.family, spec.seed, spec.horizon)
+    return GroupRequest(task=task, group_id=group_id, size=size, seed=int.from_bytes(digest[:4], "big"))
+
+
+class GroupSource:
+    """Supplies the trainer with batches of groups, and knows what a checkpoint needs to supply the same ones again.
+
+    At asynchronous ratio 0, `batch` rolls out and returns: deterministic. Above 0, a thread rolls out while the trainer
+    trains; `pause` and `state_dict` bring it to a standstill for a checkpoint. Groups are numbered by the sampler's
+    cursor; a group given out to be sampled and not yet trained on is in `pending`, and is sampled again on resume.
+    """
+
+    def __init__(self, settings: RunSettings, runner: RolloutRunner, sampler: TaskSampler) -> None:
+        self._settings, self._runner, self.sampler = settings, runner, sampler
+        self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups)
+        self._pending: dict[str, TaskSpec] = {}
+        self._retry: list[str] = []
+        self._background: BackgroundRollouts | None = None
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return self.buffer.async_ratio > 0
+
+    def batch(self, version: int) -> list[list[Trajectory]]:
+        """`rl.groups` complete groups that are fresh at `version`."""
+        wanted = self._settings.rl.groups
+        if self.is_asynchronous:
+            self._start()
+            groups = self.buffer.get_batch(wanted, version, self._settings.rollout.batch_seconds)
+        else:
+            self.buffer.set_version(version)
+            while (missing := wanted - len(self.buffer)) > 0:
+                for group in self._runner.run([self._next_request() for _ in range(missing)]):
+                    self.buffer.put_group(group)
+            groups = self.buffer.get_batch(wanted, version)
+        for group in groups:
+            spec = self._pending.pop(group[0].group_id)
+            self.sampler.record(spec.family, spec.horizon, sum(t.succeeded for t in group) / len(group))
+        self._forget_dropped()
+        return groups
+
+    @property
+    def waited_seconds(self) -> float:
+        """Seconds that the engine waited for environments so far."""
+        return self._runner.stats.waited_seconds
+
+    def metrics(self) -> dict[str, float]:
+        """What was lost so far, by reason: stale samples, failed episodes, groups given up."""
+        counts, stats = self.buffer.stats, self._runner.stats
+        return {
+            "buffer/dropped_stale": float(counts.dropped_stale),
+            "buffer/dropped_with_group": float(counts.dropped_with_group),
+            "rollout/resampled": float(stats.resampled),
+            "rollout/dropped_groups": float(len(stats.dropped_groups)),
+            **{f"rollout/failures/{reason}": float(count) for reason, count in stats.failures.items()},
+        }
+
+    def stop(self) -> None:
+        """Ends background rollouts, if any; what was in flight stays pending. `batch` starts them again."""
+        if self._background is not None:
+            background, self._background = self._background, None
+            background.stop()
+            waiting = set(self.buffer.group_ids())
+            self._retry = [name for name in self._pending if name not in waiting]
+
+    def state_dict(self) -> tuple[dict[str, Any], bytes]:
+        """(JSON cursor, buffer bytes). Call it while nothing rolls out."""
+        pending = [[name, spec.family, spec.horizon, spec.seed] for name, spec in self._pending.items()]
+        return {"sampler": self.sampler.state_dict(), "pending": pending}, msgpack.packb(self.buffer.state_dict())
+
+    def load_state_dict(self, cursor: dict[str, Any], buffer: bytes) -> None:
+        """The inverse of `state_dict`."""
+        self.sampler.load_state_dict(cursor["sampler"])
+        self._pending = {name: TaskSpec(family, horizon, seed) for name, family, horizon, seed in cursor["pending"]}
+        self.buffer.load_state_dict(msgpack.unpackb(buffer))
+        waiting = set(self.buffer.group_ids())
+        self._retry = [name for name in self._pending if name not in waiting]
+
+    def _next_request(self) -> GroupRequest:
+        if self._retry:
+            return self._request(self._retry.pop(0))
+        number = self.sampler.cursor
+        name = f"group-{number}"
+        self._pending[name] = self.sampler.next(1)[0]
+        return self._request(name)
+
+    def _request(self, name: str) -> GroupRequest:
+        return request_for(self._pending[name], name, self._settings.rl.group_size, self._settings.seed)
+
+    def _requests(self) -> Iterator[GroupRequest]:
+        while True:
+            yield self._next_request()
+
+    def _start(self) -> None:
+        if self._background is None:
+            known = [self._request(name) for name in self.buffer.group_ids()]
+            self._background = BackgroundRollouts(self._runner, self.buffer, self._requests(), known)
+            self._background.start()
+
+    def _forget_dropped(self) -> None:
+        """Groups that the runner gave up (their sandbox failed again and again) will not come back."""
+        for name in list(self._pending):
+            if name in self._runner.stats.dropped_groups:
+                del self._pending[name]
+
+
+def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, float]:
+    """What a batch of groups looks like: success, lengths, staleness."""
+    samples = [t for group in groups for t in group]
+    count = len(samples)
+    staleness = [version - t.start_version for t in samples]
+    rates = [sum(t.succeeded for t in group) / len(group) for group in groups]
+    return {
+        "train/success": sum(rates) / len(rates),
+        "train/reward_mean": sum(float(t.final_reward or 0.0) for t in samples) / count,
+        "train/groups_all_failed": sum(rate == 0 for rate in rates) / len(rates),
+        "train/groups_all_solved": sum(rate == 1 for rate in rates) / len(rates),
+        "train/truncated_fraction": sum(t.status.value == "truncated" for t in samples) / count,
+        "rollout/chunks_mean": sum(len(t.chunks) for t in samples) / count,
+        "rollout/tokens_mean": sum(t.num_tokens for t in samples) / count,
+        "rollout/error_fraction": sum(c.error for t in samples for c in t.chunks) / sum(len(t.chunks) for t in samples),
+        "buffer/staleness_mean": sum(staleness) / count,
+        "buffer/staleness_max": float(max(staleness)),
+        **{f"buffer/staleness_{age}": staleness.count(age) / count for age in range(max(staleness) + 1)},
+    }

@@ -1,0 +1,309 @@
+"""A run from its first demonstration to its report: CPT → SFT → IPA, resumable at any moment.
+
+`train(config)` is what `experiments/ipa_train.py` calls. A run is a function of its config: at asynchronous ratio 0, a
+run that was killed and started again gives the same metrics, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rome.data import TaskSampler, collect_episodes, fixed_tasks, tokenize_episodes
+from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
+from rome.envs import TerminalEnv
+from rome.files import atomic_write
+from rome.models import ChatRenderer, Tokenizer, init_params, train_tokenizer
+from rome.rollout import DecodeEngine, RolloutRunner
+from rome.training.checkpoint import Checkpointer
+from rome.training.compilations import count_compilations
+from rome.training.config import open_run
+from rome.training.evaluation import EvaluationResult, summarize
+from rome.training.policy import PolicyTrainer
+from rome.training.report import write_report
+from rome.training.rl import GroupSource, request_for, rollout_metrics
+from rome.training.settings import RunSettings, SupervisedSettings, load_settings
+from rome.training.state import OptimizerConfig, TrainState, init_state, make_optimizer
+from rome.training.steps import make_supervised_step
+from rome.training.supervised import copy_batches, demonstration_batches, run_supervised
+from rome.training.tracking import MetricsWriter, Progress
+from rome.trajectory import Trajectory, load_trajectories, save_trajectories
+
+STAGES = ("cpt", "sft", "ipa")
+# A longer schedule or another rhythm of checkpoints does not make it another run.
+MAY_CHANGE = ("checkpoint.keep", "rollout.env_threads", "demonstrations.workers")
+
+
+def train(config: ConfigDict) -> dict[str, Any]:
+    """Runs, or continues, the run of `config` in its directory; returns what `result.json` holds."""
+    settings = load_settings(config)
+    directory, _ = open_run(config, MAY_CHANGE)
+    finished = directory / "result.json"
+    if finished.is_file():
+        return json.loads(finished.read_text(encoding="utf-8"))
+    with MetricsWriter(directory, tensorboard=settings.tensorboard) as writer, Progress(settings.name) as progress:
+        checkpointer = Checkpointer(directory / "checkpoints", settings.checkpoint.keep)
+        try:
+            return Run(settings, directory, writer, progress, checkpointer).execute()
+        finally:
+            checkpointer.close()
+
+
+class Run:
+    """One run in one directory. The stages are methods, in the order in which they happen."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        directory: Path,
+        writer: MetricsWriter,
+        progress: Progress,
+        checkpointer: Checkpointer,
+    ) -> None:
+        self.settings, self.directory = settings, directory
+        self.writer, self.progress, self.checkpointer = writer, progress, checkpointer
+        self.key = jax.random.key(settings.seed)
+        self.results: dict[str, Any] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Everything that is still to be done."""
+        self.demonstrations = self._prepare()
+        self.model = self.settings.model_config(self.tokenizer.vocab_size)
+        stage, step, state, source_state = self._restore()
+        if stage == "cpt":
+            state = self._supervised("cpt", self.settings.cpt, step, state)
+            stage, step, state = "sft", 0, self._fresh_state("sft", state.params)
+        if stage == "sft":
+            state = self._supervised("sft", self.settings.sft, step, state)
+            stage, step, state = "ipa", 0, self._fresh_state("ipa", state.params)
+        self._policy(step, state, source_state)
+        atomic_write(self.directory / "result.json", json.dumps(self.results, indent=2) + "\n")
+        self.writer.sync()
+        write_report(self.directory)
+        return self.results
+
+    # -- before the first step --------------------------------------------------------------------------------------
+
+    def _environment(self) -> TerminalEnv:
+        e = self.settings.environment
+        return TerminalEnv(
+            max_chunks=e.max_chunks,
+            max_observation_chars=e.max_observation_chars,
+            command_seconds=e.command_seconds,
+        )
+
+    def _prepare(self) -> list[Trajectory]:
+        """Demonstrations and the tokenizer trained on them: from the run's directory, or made now."""
+        path, folder = self.directory / "demonstrations.msgpack", self.directory / "tokenizer"
+        if path.is_file():
+            self.tokenizer = Tokenizer.load(folder)
+            self.renderer = ChatRenderer(self.tokenizer)
+            return load_trajectories(path)
+        s = self.settings
+        first = DEMONSTRATION_SEEDS + (s.seed % 64) * SEEDS_PER_RUN
+        specs = fixed_tasks(s.tasks.families, s.tasks.horizons, s.demonstrations.count, first)
+        self.progress.start("demonstrations", len(specs))
+        started = time.monotonic()
+        episodes = collect_episodes(
+            specs,
+            s.demonstrations.flawed_fraction,
+            s.seed,
+            self._environment,
+            s.demonstrations.workers,
+            on_episode=lambda done: self.progress.update(done),
+        )
+        self.tokenizer = train_tokenizer((text for e in episodes for text in e.texts()), s.vocab_size)
+        self.tokenizer.save(folder)
+        self.renderer = ChatRenderer(self.tokenizer)
+        trajectories = tokenize_episodes(episodes, self.renderer)
+        solved = sum(e.reward > 0 for e in episodes) / len(episodes)
+        metrics = {"demonstrations/success": solved, "time/demonstrations": time.monotonic() - started}
+        self.writer.write(len(episodes), "demonstrations", metrics)
+        self.progress.log(f"{len(episodes)} demonstrations, {solved:.0%} of them solve their task")
+        save_trajectories(path, trajectories)
+        return trajectories
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _optimizer_of(self, stage: str) -> tuple[OptimizerConfig, int]:
+        s = self.settings
+        if stage == "ipa":
+            return s.rl.optimizer, s.rl.steps * s.rl.updates_per_batch
+        section: SupervisedSettings = getattr(s, stage)
+        return section.optimizer, section.steps
+
+    def _fresh_state(self, stage: str, params: Any) -> TrainState:
+        return init_state(params, make_optimizer(*self._optimizer_of(stage)))
+
+    def _global_step(self, stage: str, step: int) -> int:
+        """Checkpoints are numbered over all stages; one is also kept for the boundary between two."""
+        s = self.settings
+        before = {"cpt": 0, "sft": s.cpt.steps + 1, "ipa": s.cpt.steps + s.sft.steps + 2}
+        return before[stage] + step
+
+    def _save(self, stage: str, step: int, state: TrainState, source: GroupSource | None = None) -> None:
+        self.writer.sync()
+        cursor, buffer = source.state_dict() if source else ({}, b"")
+        key = [int(word) for word in jax.random.key_data(self.key)]
+        cursor |= {
+            "stage": stage,
+            "step": step,
+            "records": self.writer.num_records,
+            "results": self.results,
+            "prng_key": key,
+        }
+        self.checkpointer.save(self._global_step(stage, step), state, cursor, buffer)
+
+    def _restore(self) -> tuple[str, int, TrainState, tuple[dict[str, Any], bytes] | None]:
+        """(stage, step, state, rollout state): from the newest checkpoint, or a new policy at the first step."""
+        fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
+        latest = self.checkpointer.latest_step
+        if latest is None:
+            self.writer.restore(min(self.writer.num_records, 1))  # the record of the demonstrations stays
+            return "cpt", 0, self._fresh_state("cpt", fresh), None
+        stage = str(self.checkpointer.cursor(latest)["stage"])
+        state, cursor, buffer = self.checkpointer.restore(latest, self._fresh_state(stage, fresh))
+        self.writer.restore(int(cursor["records"]))
+        self.results = dict(cursor["results"])
+        self.key = jax.random.wrap_key_data(jax.numpy.array(cursor["prng_key"], "uint32"))
+        self.progress.log(f"continuing at {stage} step {cursor['step']}")
+        return stage, int(cursor["step"]), state, (cursor, buffer) if stage == "ipa" and buffer else None
+
+    # -- the stages -------------------------------------------------------------------------------------------------
+
+    def _supervised(self, stage: str, section: SupervisedSettings, start: int, state: TrainState) -> TrainState:
+        """Continued pre-training on copy exercises, or SFT on demonstrations."""
+        s = self.settings
+        if stage == "cpt":
+            batch_at = copy_batches(section, s.copying, self.demonstrations, s.seed)
+        else:
+            batch_at = demonstration_batches(section, self.demonstrations, s.seed)
+        self.progress.start(stage, section.steps, start)
+        clock = [time.monotonic(), start]
+
+        def on_metrics(step: int, metrics: dict[str, float]) -> None:
+            now = time.monotonic()
+            done, seconds = step - clock[1], now - clock[0]
+            clock[:] = [now, step]
+            speed = done * section.rows * section.row_length / max(seconds, 1e-9)
+            self.writer.write(step, stage, {**metrics, "train/tokens_per_second": speed, "time/step": seconds / done})
+            self.progress.update(step, loss=metrics["train/loss"], tokens_per_second=speed)
+
+        step_function = make_supervised_step(self.model, make_optimizer(*self._optimizer_of(stage)))
+        save = lambda step, at: self._save(stage, step, at)  # noqa: E731
+        every = s.checkpoint.supervised_every
+        state = run_supervised(state, start, section, batch_at, step_function, on_metrics, save, every)
+        following = STAGES[STAGES.index(stage) + 1]
+        self._save(following, 0, self._fresh_state(following, state.params))
+        return state
+
+    def _policy(self, start: int, state: TrainState, source_state: tuple[dict[str, Any], bytes] | None) -> None:
+        """IPA, with evaluations before, during and after it."""
+        s = self.settings
+        engine = DecodeEngine(
+            state.params, self.model, s.engine, self.renderer.stop_ids, self.tokenizer.pad_id, version=start
+        )
+        engine.warmup()
+        sampler = TaskSampler(s.tasks.families, s.tasks.horizons, s.seed, s.tasks.focus, s.tasks.floor)
+        trainer = PolicyTrainer(
+            self.model, s.ipa, make_optimizer(*self._optimizer_of("ipa")), s.rl, s.engine.temperature
+        )
+        with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
+            source = GroupSource(s, runner, sampler)
+            if source_state is not None:
+                source.load_state_dict(*source_state)
+            if "warm_start" not in self.results:
+                self.results["warm_start"] = self._evaluate(runner, "warm_start", 0, s.evaluation.tasks)
+                self._save("ipa", 0, state, source)
+            self.progress.start("ipa", s.rl.steps, start)
+            try:
+                for step in range(start, s.rl.steps):
+                    state = self._policy_step(step, state, trainer, source, engine)
+                    self._after_step(step + 1, state, source, runner)
+            finally:
+                source.stop()
+            if "final" not in self.results:
+                self.results["final"] = self._evaluate(runner, "final", s.rl.steps, s.evaluation.tasks)
+                if s.tasks.held_out:
+                    held_out = self._evaluate(runner, "held_out", s.rl.steps, s.evaluation.tasks // 3, True)
+                    self.results["held_out_families"] = held_out
+
+    def _policy_step(
+        self, step: int, state: TrainState, trainer: PolicyTrainer, source: GroupSource, engine: DecodeEngine
+    ) -> TrainState:
+        """Step n: groups sampled by version n (or a little older), one batch of updates, version n + 1 published."""
+        s, started = self.settings, time.monotonic()
+        before, decoded, waited = engine.stats.seconds, engine.stats.decoded_tokens, source.waited_seconds
+        with count_compilations() as compiled:
+            groups = source.batch(step)
+            rolled = time.monotonic()
+            keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
+            state, update = trainer.update(state, [t for group in groups for t in group], s.seed + step, annotate=keep)
+            engine.update_params(state.params, step + 1)
+            source.buffer.set_version(step + 1)
+        ended = time.monotonic()
+        metrics = rollout_metrics(groups, step) | update.metrics | source.metrics()
+        metrics |= {
+            "time/rollout": rolled - started,
+            "time/train": ended - rolled,
+            "time/step": ended - started,
+            "time/generate": engine.stats.seconds - before,
+            "time/environment_wait": source.waited_seconds - waited,
+            "rollout/tokens_per_second": (engine.stats.decoded_tokens - decoded) / max(rolled - started, 1e-9),
+            "compile/programs": float(compiled.count),
+        }
+        self.writer.write(step + 1, "ipa", metrics)
+        self.progress.update(
+            step + 1,
+            success=metrics["train/success"],
+            tokens_per_second=metrics["rollout/tokens_per_second"],
+            seconds=metrics["time/step"],
+        )
+        if keep:
+            self._keep_trajectories(f"step_{step + 1:06d}", groups, update.annotations)
+        return state
+
+    def _after_step(self, done: int, state: TrainState, source: GroupSource, runner: RolloutRunner) -> None:
+        """Mid-run evaluation and checkpoint, when it is time for them."""
+        s = self.settings
+        if s.evaluation.every and done % s.evaluation.every == 0 and done < s.rl.steps:
+            source.stop()
+            self._evaluate(runner, f"step_{done}", done, s.evaluation.tasks_during)
+        if done % s.checkpoint.every == 0 or done == s.rl.steps:
+            source.stop()
+            self._save("ipa", done, state, source)
+            write_report(self.directory)
+
+    def _evaluate(
+        self, runner: RolloutRunner, name: str, step: int, tasks: int, held_out: bool = False
+    ) -> dict[str, Any]:
+        """avg@k on held-out seeds, sampled from the initial state at the evaluation temperature."""
+        s = self.settings
+        families = s.tasks.held_out if held_out else s.tasks.families
+        specs = fixed_tasks(families, s.tasks.horizons, tasks, EVALUATION_SEEDS)
+        requests = [request_for(spec, f"eval-{name}-{i}", s.evaluation.samples, s.seed) for i, spec in enumerate(specs)]
+        self.progress.log(f"evaluating: {len(requests)} tasks × {s.evaluation.samples}")
+        groups = runner.run(requests, temperature=s.evaluation.temperature)
+        result: EvaluationResult = summarize(groups)
+        prefix = "eval_held_out" if held_out else "eval"
+        self.writer.write(step, "eval", result.metrics(prefix))
+        self.progress.log(
+            f"{name}: success {result.success:.3f} [{result.low:.3f}, {result.high:.3f}] on {result.episodes} episodes"
+        )
+        if name in ("warm_start", "final", "held_out"):
+            self._keep_trajectories(f"eval_{name}", groups[:40], {})
+        return result.as_dict()
+
+    def _keep_trajectories(self, name: str, groups: list[list[Trajectory]], annotations: dict[str, Any]) -> None:
+        """For the report's viewer: at most 64 trajectories."""
+        folder = self.directory / "trajectories"
+        folder.mkdir(exist_ok=True)
+        chosen = [t for group in groups for t in group][:64]
+        save_trajectories(folder / f"{name}.msgpack", chosen)
+        known = {t.id: annotations[t.id] for t in chosen if t.id in annotations}
+        atomic_write(folder / f"{name}.json", json.dumps(known) + "\n")

@@ -1,0 +1,97 @@
+"""The jitted steps: pure functions of a train state and a static-shape batch.
+
+Gradients are accumulated over micro-batches of a fixed number of rows, so a batch of any size reuses one compiled
+program; the loss's normaliser is the whole batch's, so the split changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rome.ipa import ObjectiveConfig, PolicyBatch, policy_loss, sft_loss
+from rome.models import ModelConfig, token_log_probs
+from rome.training.state import Params, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+class SupervisedBatch(NamedTuple):
+    """`tokens, positions, segment_ids, chunk_ids` int32[B, T] (chunk −1: no loss); `chunk_mask` bool[B, C]: m_k."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    chunk_ids: jax.Array
+    chunk_mask: jax.Array
+
+
+def make_supervised_step(
+    config: ModelConfig, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, SupervisedBatch], tuple[TrainState, Metrics]]:
+    """One update of the error-masked SFT objective (paper, Eq 1–2); continued pre-training uses it with one chunk.
+
+    Returns `train/loss` (nats a trained token) and `train/grad_norm` (before clipping), float32[].
+    """
+
+    def loss_fn(params: Params, batch: SupervisedBatch) -> jax.Array:
+        logp, _ = token_log_probs(params, config, batch.tokens, batch.positions, batch.segment_ids)
+        return sft_loss(logp, batch.chunk_ids, batch.chunk_mask)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: SupervisedBatch) -> tuple[TrainState, Metrics]:
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch)
+        state, norm = _apply(state, gradients, optimizer)
+        return state, {"train/loss": loss, "train/grad_norm": norm}
+
+    return step
+
+
+def _apply(
+    state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array]:
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), optax.global_norm(gradients)
+
+
+class PolicyStep:
+    """One policy update in three jitted parts: `accumulate` micro-batches, then `apply`; `log_probs` gives π_old.
+
+    With `on_policy` there is one update a batch, so π_old is π_θ at the point of differentiation: it is taken from the
+    same forward pass, behind a stop_gradient, and the batch's `old_logp` is not read.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        objective: ObjectiveConfig,
+        optimizer: optax.GradientTransformation,
+        on_policy: bool,
+        temperature: float = 1.0,
+    ) -> None:
+        def log_probs(params: Params, batch: PolicyBatch) -> tuple[jax.Array, jax.Array]:
+            return token_log_probs(params, config, batch.tokens, batch.positions, batch.segment_ids, temperature)
+
+        def loss_fn(params: Params, batch: PolicyBatch, totals: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+            logp, entropy = log_probs(params, batch)
+            if on_policy:
+                batch = batch.replace(old_logp=jax.lax.stop_gradient(logp))
+            loss, metrics = policy_loss(logp, batch, objective, totals=totals)
+            trained = batch.chunk_ids >= 0
+            metrics["entropy_sum"] = jnp.sum(jnp.where(trained, entropy, 0.0))
+            return loss, (metrics, logp)
+
+        def accumulate(params: Params, gradients: Params, batch: PolicyBatch, totals: Any) -> tuple[Params, Any]:
+            (loss, (metrics, logp)), new = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, totals)
+            return jax.tree.map(jnp.add, gradients, new), (loss, metrics, logp)
+
+        self.accumulate = jax.jit(accumulate, donate_argnums=1)
+        self.apply = jax.jit(lambda state, gradients: _apply(state, gradients, optimizer), donate_argnums=0)
+        self.log_probs = jax.jit(lambda params, batch: log_probs(params, batch)[0])
+        self.zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
