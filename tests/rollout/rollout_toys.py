@@ -147,7 +147,7 @@ class ToyEnv:
 def toy_params(seed: int = 0) -> Any:
     params = init_params(MODEL, jax.random.key(seed))
     # sharper than at initialisation, so that the log-probs say something
-    return jax.tree.map(lambda x: x, {**params, "lm_head": params["lm_head"] * 6})
+    return jax.tree.map(lambda x: x, {**params, "lm_head": params["lm_head"] * 3})
 
 
 def toy_engine(seed: int = 0, **changes: Any) -> DecodeEngine:

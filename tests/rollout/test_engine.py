@@ -39,6 +39,7 @@ def play(engine, slot_keys, turns, temperature=None, prompt_length=5, observatio
 
 training_path = jax.jit(token_log_probs, static_argnums=1)
 training_logits = jax.jit(forward, static_argnums=1)
+sample = jax.jit(sample_tokens, static_argnums=(4, 5))
 
 
 def as_row(tokens):
@@ -185,7 +186,7 @@ def test_a_key_for_every_position_and_every_trajectory():
     keys = np.array([[0, 1], [0, 1], [1, 0]], np.uint32)
 
     def draw(positions):
-        return np.asarray(sample_tokens(logits, keys, jnp.array(positions), jnp.float32(1), 0, 1.0)[0])
+        return np.asarray(sample(logits, keys, jnp.array(positions), jnp.float32(1), 0, 1.0)[0])
 
     a = np.array([draw([p, p, p]) for p in range(30)])
     assert (a[:, 0] == a[:, 1]).all()
@@ -203,9 +204,7 @@ def test_tokens_follow_the_declared_distribution(top_k, top_p, temperature):
     draws = 20000
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (draws, 12))
     keys = np.stack([np.zeros(draws), np.full(draws, 7)], 1).astype(np.uint32)
-    tokens, logp, raw = map(
-        np.asarray, sample_tokens(batch, keys, jnp.arange(draws), jnp.float32(temperature), top_k, top_p)
-    )
+    tokens, logp, raw = map(np.asarray, sample(batch, keys, jnp.arange(draws), jnp.float32(temperature), top_k, top_p))
     observed = np.bincount(tokens, minlength=12) / draws
     assert (observed[expected == 0] == 0).all()
     kept = expected > 0
