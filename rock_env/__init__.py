@@ -1,4 +1,4 @@
-"""rock_env: secure sandboxes for agents. `Sandbox.start(SandboxSpec(...))`, then run commands, move files, snapshot, fork."""
+"""rock_env: secure sandboxes for agents. `Sandbox.start(SandboxSpec(...))`, then commands, files, snapshots, forks."""
 
 from rock_env.backend import CAPABILITIES, Backend, get_backend, register_backend
 from rock_env.bubblewrap import BubblewrapBackend
@@ -20,7 +20,7 @@ register_backend("bubblewrap", BubblewrapBackend)
 
 
 def doctor(backend: str = "bubblewrap") -> dict[str, dict]:
-    """What this machine can enforce: {item: {"ok": bool, "how": str}}. Never raises for a machine that lacks something."""
+    """What this machine can enforce: {item: {"ok": bool, "how": str}}. Never raises for what is missing."""
     return get_backend(backend).doctor()
 
 

@@ -10,7 +10,8 @@ from rock_env.errors import BackendUnavailable
 from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxSpec, SandboxStats
 
 CAPABILITIES = frozenset(
-    {"memory", "pids", "cpus", "disk", "network_none", "seccomp", "session", "snapshot", "fork", "stats", "readonly_binds"}
+    {"memory", "pids", "cpus", "disk", "network_none", "seccomp"}
+    | {"session", "snapshot", "fork", "stats", "readonly_binds"}
 )
 
 

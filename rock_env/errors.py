@@ -1,4 +1,4 @@
-"""Exceptions of the sandbox SDK. Each is an infrastructure fault: a failing command is a CommandResult, never one of these."""
+"""Exceptions of the sandbox SDK. Each is an infrastructure fault: a failing command is a CommandResult instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BackendUnavailable(RockError):
 
 
 class SpecError(RockError, ValueError):
-    """A field of a spec or an argument of a call is not acceptable; the message names the field and what was expected."""
+    """A field of a spec or an argument of a call is not acceptable; the message names it and what was expected."""
 
     code = "spec"
 
@@ -28,7 +28,7 @@ class LimitNotEnforceable(SpecError):
 
 
 class LimitExceeded(RockError):
-    """An operation of the SDK would need more than a limit of the sandbox (or a full disk) allows; nothing was half-written."""
+    """An operation needs more than a limit of the sandbox (or a full disk) allows; nothing was half-written."""
 
     code = "limit_exceeded"
 
@@ -46,7 +46,7 @@ class SandboxDead(RockError):
 
 
 class RequestTimeout(RockError):
-    """The supervisor did not answer before the request's deadline (an infrastructure fault, not a command's timeout)."""
+    """The supervisor did not answer before the request's deadline (not to be confused with a command's timeout)."""
 
     code = "request_timeout"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -41,8 +43,8 @@ def _seconds(timeout: float | None, default: float) -> float:
 class Session:
     """A persistent bash: directory, variables and functions last from one command to the next.
 
-    After `exit N` (which returns N) or a timeout, the next command finds the same directory, variables and functions in a
-    fresh shell. Standard input of every command is /dev/null. Commands of one session run one after another.
+    After `exit N` (which returns N) or a timeout, the next command finds the same directory, variables and functions in
+    a fresh shell. Standard input of every command is /dev/null. Commands of one session run one after another.
     """
 
     def __init__(self, sandbox: Sandbox, name: str) -> None:
@@ -180,20 +182,22 @@ class Sandbox:
     def download(self, remote: str, local: str | Path) -> list[str]:
         """Copy a file or directory of the sandbox to `local` (the path of the copy).
 
-        Nothing is ever written outside `local`: links are recreated only when they point inside the copied directory. Returns
-        the entries that were left out (other links, devices, sockets), relative to `remote`.
+        Nothing is ever written outside `local`: links are recreated only when they point inside the copied directory.
+        Returns the entries that were left out (other links, devices, sockets), relative to `remote`.
         """
         local, remote = Path(local), check_path("remote", remote)
-        infos = self.list_files(remote)
-        is_file = len(infos) == 1 and infos[0].kind != "directory" and infos[0].name == os.path.basename(remote)
-        if is_file and not self._is_directory(remote):
+        try:
+            infos = self.list_files(remote, recursive=True)
+        except FileError as error:
+            if error.errno_name != "ENOTDIR":
+                raise
             local.parent.mkdir(parents=True, exist_ok=True)
-            _write_local(local, self.read_file(remote), infos[0].mode)
+            _write_local(local, self.read_file(remote), self.list_files(remote)[0].mode)
             return []
         left_out: list[str] = []
         links: list[FileInfo] = []
         local.mkdir(parents=True, exist_ok=True)
-        for info in self.list_files(remote, recursive=True):
+        for info in infos:
             target = local / info.name
             if info.kind == "directory":
                 target.mkdir(exist_ok=True)
@@ -207,20 +211,13 @@ class Sandbox:
             os.symlink(info.target, local / info.name)
         return left_out
 
-    def _is_directory(self, path: str) -> bool:
-        try:
-            self.read_file(path, max_bytes=1 << 40)
-        except FileError as error:
-            return error.errno_name == "EISDIR"
-        return False
-
     # -- copies
     def snapshot(self) -> Snapshot:
-        """The files (and idle sessions' state) as they are now. Copies the writable layer; what lies below is shared."""
+        """The files (and idle sessions' state) as they are now. Copies the writable layer; shares what lies below."""
         return Snapshot(self._backend, self._backend.snapshot(self.id), _without_files(self.spec))
 
     def fork(self, n: int = 1) -> list[Sandbox]:
-        """`n` independent sandboxes that continue from this one's files and idle sessions; this one goes on unchanged."""
+        """`n` independent sandboxes that continue from this one's files and idle sessions; this one is unchanged."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise SpecError(f"n: expected an integer >= 1, got {n!r}")
         forks: list[Sandbox] = []
@@ -254,8 +251,6 @@ class Sandbox:
 
 
 def _without_files(spec: SandboxSpec) -> SandboxSpec:
-    from dataclasses import replace
-
     return replace(spec, files={})
 
 
@@ -268,8 +263,6 @@ def _stays_inside(info: FileInfo) -> bool:
 
 
 def _errno_name(error: OSError) -> str:
-    import errno
-
     return errno.errorcode.get(error.errno or 0, "")
 
 

@@ -59,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file to place in a sandbox: `content` (str is UTF-8) and permission bits; None keeps an existing file's, else 0644."""
+    """A file for a sandbox: `content` (str is UTF-8) and permission bits (None: an existing file's, else 0644)."""
 
     content: bytes | str = b""
     mode: int | None = None
@@ -76,7 +76,7 @@ class FileEntry:
 
 
 def check_path(name: str, path: object) -> str:
-    """A path inside the sandbox: a non-empty str without NUL. `..` and links are resolved inside, so they need no ban."""
+    """A path inside the sandbox: a non-empty str without NUL. `..` and links are resolved inside: they need no ban."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise SpecError(f"{name}: expected a non-empty path without NUL, got {path!r}")
     return path
@@ -96,9 +96,10 @@ class SandboxSpec:
     """A sandbox to start.
 
     Attributes:
-      image: a root file system (directory) used read-only below a writable layer; None: a minimal tree over the host's /usr.
-      files: written before the start, owned by the sandbox user. Relative keys are below `workdir`; a key that ends in "/"
-        makes a directory.
+      image: a root file system (directory), used read-only below a writable layer; None: a minimal tree over the
+        host's /usr.
+      files: written before the start, owned by the sandbox user. Relative keys are below `workdir`; a key that ends in
+        "/" makes a directory.
       workdir: absolute; created when missing; where commands start.
       env: added to the minimal environment. Nothing of the host's environment is passed on.
       network: only "none": a network namespace of its own with nothing but loopback.
@@ -173,7 +174,7 @@ class SandboxStats:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A directory entry: `kind` is "file", "directory", "symlink" or "other"; `size` in bytes; `target` of a symlink."""
+    """A directory entry: `kind` is "file", "directory", "symlink" or "other"; `size` in bytes; a link's `target`."""
 
     name: str
     kind: str

@@ -1,4 +1,4 @@
-"""Frames between client and supervisor: two lengths, a JSON header, a binary blob. Standard library only, cheap to import."""
+"""Frames between client and supervisor: two lengths, a JSON header, a binary blob. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The supervisor process that owns a client's sandboxes. Standard library only; single-threaded; never imports rock_env.spec."""
+"""The supervisor process that owns a client's sandboxes. Standard library only; single-threaded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -24,6 +25,8 @@ _READY = b"\x06"
 _START_SECONDS = 20.0
 _SHM_BYTES = 16 << 20
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PASSWD_ENTRY = b"agent:x:1000:1000:agent:/home/agent:/bin/bash\n"
+_GROUP_ENTRY = b"agent:x:1000:\n"
 _ENVIRONMENT = {
     "PATH": _PATH,
     "HOME": "/home/agent",
@@ -94,6 +97,8 @@ class Box:
             os.close(files.make_directories(root_fd, f"/{directory}", 0))
         for target in self.spec["readonly_binds"].values():
             self._make_bind_target(root_fd, target)
+        if self.spec["image"] is not None:
+            self._name_agent(root_fd)
         if not self.lower:
             os.close(files.make_directories(root_fd, "/home", 0))
             os.close(files.make_directories(root_fd, self.env["HOME"], self.uid))
@@ -106,6 +111,18 @@ class Box:
         files.put(root_fd, entries, blob, self.uid, self.workdir)
         if not self.lower:
             files.reset_times(upper_fd)
+
+    @staticmethod
+    def _name_agent(root_fd: int) -> None:
+        """Give the sandbox's user its name in an image that does not know it."""
+        for path, entry in (("/etc/passwd", _PASSWD_ENTRY), ("/etc/group", _GROUP_ENTRY)):
+            try:
+                text = files.read_file(root_fd, path, 1 << 20)
+            except Fault:
+                text = b""
+            if not any(line.split(b":")[2:3] == [b"%d" % AGENT_ID] for line in text.splitlines()):
+                separator = b"" if not text or text.endswith(b"\n") else b"\n"
+                files.write_file(root_fd, path, memoryview(text + separator + entry), None, 0)
 
     def _make_bind_target(self, root_fd: int, target: str) -> None:
         source = next(s for s, t in self.spec["readonly_binds"].items() if t == target)
@@ -171,10 +188,7 @@ class Box:
             os.setsid()
             if self._group:
                 self._group.join()
-            for target, fd in descriptors.items():
-                os.dup2(fd, target)
-            os.dup2(self._machine.seccomp_file(), seccomp_fd)
-            linux.close_on_exec({*descriptors, seccomp_fd})
+            process.place_descriptors({**descriptors, seccomp_fd: self._machine.seccomp_file()})
             process.reset_signals()
             # Inherited by the first process of the sandbox: the kernel then reaps orphans without its help.
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -197,14 +211,17 @@ class Box:
             self.loop.add_reader(fd, readable.set)
             arrived = await readable.wait(deadline)
             self.loop.remove_reader(fd)
-            piece = os.read(fd, 65536) if arrived else b""
+            try:
+                piece = os.read(fd, 65536) if arrived else b""
+            except BlockingIOError:  # a stale event of a descriptor with the same number
+                continue
             data += piece
             if not piece or enough(data):
                 return data
 
     # -- processes
     def spawn_inside(self, argv: list[str], env: dict[str, str], cwd: str, descriptors: dict[int, int]) -> int:
-        """Fork a child that is born in the sandbox's pid namespace and execs `argv` there. Returns its pid (ours to reap)."""
+        """Fork a child that is born in the sandbox's pid namespace and execs `argv` there. Returns its pid."""
         machine = self._machine
         directories = self._group.directories if self._group else []
         try:
@@ -233,7 +250,8 @@ class Box:
         finished = Event(self.loop)
         try:
             try:
-                pid = self.spawn_inside(argv, {**self.env, **env}, cwd, {0: self.null_fd, 1: output_write, 2: output_write})
+                descriptors = {0: self.null_fd, 1: output_write, 2: output_write}
+                pid = self.spawn_inside(argv, {**self.env, **env}, cwd, descriptors)
             finally:
                 os.close(output_write)
 
@@ -357,10 +375,8 @@ class Box:
 
     def _kill(self) -> None:
         if self._init:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._fds["init"], signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         if self._monitor:
             os.kill(self._monitor, signal.SIGKILL)
 

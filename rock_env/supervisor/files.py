@@ -1,12 +1,11 @@
 """File operations inside a sandbox's root, done by the supervisor on directory descriptors.
 
-Every path is resolved by openat2(RESOLVE_IN_ROOT) or is a single name below an open directory, so that neither `..` nor a
-symbolic link, even one swapped in meanwhile, reaches anything outside the sandbox.
+Every path is resolved by openat2(RESOLVE_IN_ROOT) or is a single name below an open directory, so that neither `..` nor
+a symbolic link, even one swapped in meanwhile, reaches anything outside the sandbox.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from rock_env.supervisor.faults import Fault, file_fault
 from rock_env.supervisor.linux import open_in_root
 
-EPOCH = 1_735_689_600  # 2025-01-01T00:00:00Z: the time of every file of a fresh sandbox, so that listings are deterministic
+EPOCH = 1_735_689_600  # 2025-01-01T00:00:00Z, the time of every file of a fresh sandbox: listings are deterministic
 _EPOCH_NS = (EPOCH * 10**9, EPOCH * 10**9)
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
@@ -62,7 +61,7 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 
 def write_file(root_fd: int, path: str, data: memoryview, mode: int | None, owner: int) -> None:
-    """Replace `path` atomically: all of `data` or nothing. mode None keeps an existing file's permissions, else 0644."""
+    """Replace `path` atomically: all of `data` or nothing. mode None: an existing file's permissions, else 0644."""
     parent, name = _split(path)
     parent_fd = make_directories(root_fd, parent, owner)
     temporary = _temporary_name()
@@ -188,6 +187,10 @@ def list_directory(root_fd: int, path: str) -> list[dict]:
 
 def walk(root_fd: int, path: str, limit: int = 100_000) -> list[dict]:
     """Every entry below a directory, parents first, with "name" relative to it. Links are not followed."""
+    try:
+        os.close(open_in_root(root_fd, path, _DIRECTORY))
+    except OSError as error:
+        raise file_fault(error, f"walk {path}") from error
     found: list[dict] = []
     pending = [""]
     while pending:
@@ -221,7 +224,9 @@ def _copy_attributes(fd: int, status: os.stat_result, xattr_path: str | int) -> 
         os.setxattr(target, attribute, os.getxattr(xattr_path, attribute))
 
 
-def copy_layer(source_fd: int, target_fd: int, links: dict[tuple[int, int], str] | None = None, prefix: str = "") -> int:
+def copy_layer(
+    source_fd: int, target_fd: int, links: dict[tuple[int, int], str] | None = None, prefix: str = ""
+) -> int:
     """Copy an overlay's upper directory with owners, modes, times, hard links, whiteouts and overlay attributes.
 
     Both descriptors are directories open for reading. Returns the bytes of file content copied.
@@ -275,6 +280,3 @@ def copy_layer(source_fd: int, target_fd: int, links: dict[tuple[int, int], str]
             os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=target_fd)
         os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=target_fd, follow_symlinks=False)
     return copied
-
-
-ENOSPC_ERRNOS = (errno.ENOSPC, errno.EDQUOT)

@@ -40,7 +40,8 @@ def mount(source: str, target: str, fstype: str | None, flags: int = 0, data: st
 def bind_readonly(source: str, target: str) -> None:
     """Bind `source` at `target`, read-only so that no mistake of ours can reach the host's files through it."""
     mount(source, target, None, MS_BIND | MS_REC)
-    mount("", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | (os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)))
+    kept = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    mount("", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept)
 
 
 def umount(target: str, flags: int = MNT_DETACH) -> None:
@@ -119,7 +120,7 @@ def drop_privileges(last_cap: int, seccomp_program: bytes) -> None:
 
 
 def open_in_root(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
-    """Open `path` as a process chrooted to `root_fd` would: absolute links and `..` cannot leave it, magic links fail."""
+    """Open `path` as a process chrooted to `root_fd` would: links and `..` cannot leave it, magic links fail."""
     creates = flags & (os.O_CREAT | os.O_TMPFILE)
     how = _OpenHow(flags | os.O_CLOEXEC, mode if creates else 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     for _ in range(100):  # EAGAIN: a rename raced with the resolution of `..`

@@ -5,6 +5,7 @@ asyncio would do the same at ten times the start-up cost; the supervisor has to 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import select
@@ -146,10 +147,8 @@ class Loop:
         self._children[pid] = callback
 
     def _reap(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(self._wake_fd, 4096)
-        except BlockingIOError:
-            pass
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)

@@ -1,7 +1,8 @@
 """The supervisor's life: isolate itself, serve requests, and leave nothing behind.
 
-A keeper process (what the client starts) forks the supervisor as the first process of a pid namespace of its own: however
-the supervisor ends, the kernel kills every sandbox with it. The keeper then removes the control groups and the directory.
+A keeper process (what the client starts) forks the supervisor as the first process of a pid namespace of its own:
+however the supervisor ends, the kernel kills every sandbox with it. The keeper then removes the control groups and the
+directory.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(control_fd: int, bwrap: str, state_directory: str, store_bytes: int | N
         directory = os.path.join(state_directory, name)
         os.mkdir(directory, 0o711)
         outside = os.geteuid(), os.getegid()
-        linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | (0 if privileged else linux.CLONE_NEWUSER))
+        privileged = isolate(privileged)
         if not privileged:
             map_ids(*outside)
         pid = os.fork()
@@ -103,6 +104,18 @@ def report_failure(control: socket.socket, error: BaseException) -> None:
         control.sendall(wire.encode({"error": fault.to_wire()}))
     except OSError:
         print(f"rock-supervisor: {error}", file=sys.stderr)
+
+
+def isolate(is_root: bool) -> bool:
+    """Enter namespaces of our own; True when that needed no user namespace (root with CAP_SYS_ADMIN)."""
+    if is_root:
+        try:
+            linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID)
+            return True
+        except PermissionError:  # root of an ordinary container
+            pass
+    linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWUSER)
+    return False
 
 
 def map_ids(uid: int, gid: int) -> None:

@@ -16,11 +16,10 @@ from rock_env.supervisor.loop import Loop
 _PIPE_READ = 65536
 _FLOOD_BYTES = 8 << 20  # of dropped output, after which draining is slowed: a flood must not eat the host's CPU
 _FLOOD_PAUSE = 0.004
-_ALL_NAMESPACES = (
-    linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
-)
+_ALL_NAMESPACES = linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
 _LAST_CAPABILITY = linux.last_capability()
 _OPEN_FILES = 4096
+_ABOVE_TARGETS = 256
 
 
 class Output:
@@ -103,6 +102,17 @@ def reset_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def place_descriptors(descriptors: dict[int, int]) -> None:
+    """In a child: give descriptors their numbers ({number: descriptor}) and close all others at the exec."""
+    safe = {  # a source whose own number is somebody's target would be overwritten
+        target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE_TARGETS) if fd in descriptors else fd
+        for target, fd in descriptors.items()
+    }
+    for target, fd in safe.items():
+        os.dup2(fd, target)
+    linux.close_on_exec(set(descriptors))
+
+
 def enter_and_exec(
     pidfd: int,
     directories: list[str],
@@ -113,16 +123,14 @@ def enter_and_exec(
     descriptors: dict[int, int],
     agent: int,
 ) -> None:
-    """In a fresh child that is already in the pid namespace: join everything else, drop every privilege, exec. No return."""
+    """In a fresh child, already in the pid namespace: join everything else, drop all privileges, exec. No return."""
     try:
         os.setsid()
         for directory in directories:
             with open(f"{directory}/cgroup.procs", "w") as file:
                 file.write("0")
         linux.setns(pidfd, _ALL_NAMESPACES)
-        for target, fd in descriptors.items():
-            os.dup2(fd, target)
-        linux.close_on_exec(set(descriptors))
+        place_descriptors(descriptors)
         os.setresgid(agent, agent, agent)
         os.setresuid(agent, agent, agent)
         os.umask(0o022)

@@ -1,7 +1,7 @@
 """The system call filter of a sandbox, as classic BPF.
 
-Assembled here instead of by libseccomp, so that it needs no native library and cannot be missing. Denied calls fail with
-EPERM (clone3 with ENOSYS, on which C libraries fall back to clone): programs see an ordinary error.
+Assembled here instead of by libseccomp, so that it needs no native library and cannot be missing. Denied calls fail
+with EPERM (clone3 with ENOSYS, on which C libraries fall back to clone): programs see an ordinary error.
 """
 
 from __future__ import annotations

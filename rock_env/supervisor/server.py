@@ -69,7 +69,10 @@ class Server:
                     self.loop.add_reader(fd, readable.set)
                     await readable.wait()
                     self.loop.remove_reader(fd)
-                    data = connection.recv(1 << 20)
+                    try:
+                        data = connection.recv(1 << 20)
+                    except BlockingIOError:  # a stale event of a descriptor with the same number
+                        continue
                     if not data:
                         return
                     reader.feed(data)
@@ -120,7 +123,8 @@ class Server:
         if snapshot is not None:
             origin = self._snapshot(snapshot)
             if origin.image != spec["image"]:
-                raise Fault("spec", f"image: the snapshot was taken on {origin.image!r}, the spec has {spec['image']!r}")
+                message = f"image: the snapshot was taken on {origin.image!r}, the spec has {spec['image']!r}"
+                raise Fault("spec", message)
             lower, uid, states = list(origin.lower), origin.uid, dict(origin.states)
         self._names += 1
         box = Box(f"{self._names}", spec, self.machine, self.loop, lower, uid)
@@ -157,7 +161,7 @@ class Server:
         self, blob: bytes, *, id: str, argv: list[str], env: dict, cwd: str | None, seconds: float, output_bytes: int
     ) -> Reply:
         box = self._box(id)
-        return await box.execute(argv, env, cwd or box.workdir, seconds, output_bytes), b""
+        return await box.execute(argv, env, self._inside(box, cwd or ""), seconds, output_bytes), b""
 
     async def do_run(self, blob: bytes, *, id: str, session: str, seconds: float, output_bytes: int) -> Reply:
         command = blob.decode("utf-8", "surrogateescape")

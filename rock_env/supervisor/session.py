@@ -1,12 +1,14 @@
 """A persistent bash: commands arrive on one descriptor, exit codes leave on another, output has a pipe of its own.
 
-The shell's program is a single line, so that bash's own messages always say "line 1". Commands are evaluated at top level
-(not in a function), in a loop that the command's own `break` or `continue` cannot get out of. When the shell ends (`exit`,
-`set -e`, a timeout) an EXIT trap hands out its variables, functions and directory, from which the next shell is restored.
+The shell's program is a single line, so that bash's own messages always say "line 1". Commands are evaluated at top
+level (not in a function), in a loop that the command's own `break` or `continue` cannot get out of. When the shell ends
+(`exit`, `set -e`, a timeout) an EXIT trap hands out its variables, functions and directory, from which the next shell
+is restored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -33,7 +35,9 @@ _PROGRAM = (
     " builtin trap __rock_save EXIT; builtin trap 'builtin exit 124' RTMAX; __rock_status=0 __rock_busy=;"
     " while builtin :; do"
     " { case $__rock_busy in ?*) builtin printf 'S%s\\0' \"$__rock_status\" >&201;; esac; __rock_busy=;"
-    " IFS= builtin read -r -d '' -u 200 __rock_command || builtin exit 0; __rock_busy=1; } 2>/dev/null;"
+    " IFS= builtin read -r -d '' -u 200 __rock_command || builtin exit 0; __rock_busy=1;"
+    " case $__rock_command in __rock_save) __rock_save; __rock_command='__rock_return $__rock_status';; esac;"
+    " } 2>/dev/null;"
     ' for __rock_once in 1; do __rock_return "$__rock_status";'
     ' builtin eval "$__rock_command" 200<&- 201>&-; done;'
     " { __rock_status=$? __rock_busy=; builtin printf 'S%s\\0' \"$__rock_status\" >&201; } 2>/dev/null;"
@@ -61,6 +65,7 @@ class Session:
         self._buffer = b""
         self._changed = Event(box.loop)
         self._status: int | None = None
+        self._cwd: str | None = None
 
     @property
     def is_running(self) -> bool:
@@ -78,7 +83,8 @@ class Session:
         box = self._box
         self._exit_status = None
         self._buffer = b""
-        descriptors = {0: box.null_fd, 1: output_write, 2: output_write, _COMMANDS: command_read, _REPORTS: report_write}
+        descriptors = {0: box.null_fd, 1: output_write, 2: output_write}
+        descriptors |= {_COMMANDS: command_read, _REPORTS: report_write}
         try:
             argv = ["bash", "--norc", "--noprofile", "-c", 'eval "$__rock_program"', "bash"]
             self._pid = box.spawn_inside(argv, {**box.env, "__rock_program": _PROGRAM}, box.workdir, descriptors)
@@ -121,7 +127,10 @@ class Session:
                 self.state = (directory, _OWN_LINE.sub("", text))
 
     def close(self) -> None:
-        """Forget the shell (its process is killed with the sandbox, or has ended)."""
+        """Forget the shell (its process is killed with the sandbox, or has ended); keep at least its directory."""
+        if self.state is None and self._cwd:
+            self.state = (self._cwd, "")
+        self._exit_status = None
         for fd in self._fds.values():
             self._loop.remove_reader(fd)
             os.close(fd)
@@ -140,6 +149,8 @@ class Session:
             raise Fault("request_timeout", f"session {self.name!r}: busy with another command until the deadline")
         try:
             self._box.require_alive()
+            if self._exit_status is not None:  # the shell was killed between two commands
+                self.close()
             if not self.is_running:
                 await self._start_shell()
             return await self._run(command, deadline, output_bytes)
@@ -223,9 +234,12 @@ class Session:
         if self._exit_status is not None:
             code, number = process.exit_of(self._exit_status)
             self.close()
+            if number == signal.SIGKILL and finished:
+                await box.settle()
         else:
             code = self._status or 0
             number = process.signal_of(code)
+            self._cwd = self._directory()
         box.require_alive()
         return {
             "exit_code": code if finished else 124,
@@ -241,7 +255,7 @@ class Session:
         """Kill what the command started and make the shell exit through its trap, or kill it if it will not."""
         if self._exit_status is not None:
             return
-        directory = self._directory()
+        self._cwd = self._directory()
         self._kill(_ABORT)
         give_up = time.monotonic() + _GRACE_SECONDS
         while self._exit_status is None and self._box.alive:
@@ -252,14 +266,10 @@ class Session:
             if time.monotonic() > give_up and self._exit_status is None:
                 self._kill(signal.SIGKILL)
         process.kill_command(self._pid, since, self._box.keep(), self._box.pids)
-        if self.state is None and directory:
-            self.state = (directory, "")
 
     def _kill(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, number)
-        except ProcessLookupError:
-            pass
 
     def _directory(self) -> str | None:
         try:
@@ -270,4 +280,3 @@ class Session:
     def abandon(self) -> None:
         """The sandbox is gone: wake whoever waits."""
         self._changed.set()
-

@@ -1,0 +1,173 @@
+"""Measure the sandboxes of this machine: latency of every operation, CPU time per sandbox, 200 live at once.
+
+python benchmarks/sandbox.py [--repeats 50] [--live 200] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rock_env import Limits, Sandbox, SandboxSpec, get_backend
+
+TEN_FILES = {f"file_{number}.txt": f"line {number}\n" for number in range(10)}
+LIVE_LIMITS = Limits(memory_bytes=64 << 20, pids=16, disk_bytes=1 << 20)
+
+
+class Results:
+    """Milliseconds per operation, by name."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[float]] = {}
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.samples.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        return {
+            name: {
+                "median_ms": statistics.median(values),
+                "p95_ms": sorted(values)[min(len(values) - 1, round(0.95 * len(values)))],
+                "n": len(values),
+            }
+            for name, values in self.samples.items()
+        }
+
+
+def supervisor_cpu_seconds() -> float:
+    """CPU time of the supervisor and of every process that it has reaped: all that sandboxes cost."""
+    keeper = get_backend("bubblewrap").supervisor().keeper_pid
+    pid = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0]
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def measure_operations(results: Results, repeats: int) -> None:
+    for _ in range(repeats):
+        with results.time("start (10 files)"):
+            box = Sandbox.start(SandboxSpec(files=TEN_FILES))
+        session = box.session()
+        with results.time("session: first command"):
+            session.run("true")
+        for _ in range(20):
+            with results.time("session: true (builtin)"):
+                session.run("true")
+        for _ in range(5):
+            with results.time("session: /bin/true"):
+                session.run("/bin/true")
+        for _ in range(3):
+            with results.time("execute: true"):
+                box.execute(["true"])
+            with results.time("write_file (1 KiB)"):
+                box.write_file("written", b"x" * 1024)
+            with results.time("read_file (1 KiB)"):
+                box.read_file("written")
+        with results.time("snapshot"):
+            snapshot = box.snapshot()
+        with results.time("start from snapshot"):
+            restored = Sandbox.start(snapshot=snapshot)
+        with results.time("fork"):
+            forks = box.fork()
+        for one in (restored, *forks, box):
+            with results.time("stop"):
+                one.stop()
+        snapshot.delete()
+
+
+def measure_concurrency(results: Results, repeats: int) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(repeats):
+            with results.time("16 concurrent starts (all)"):
+                boxes = list(pool.map(lambda _: Sandbox.start(SandboxSpec(files=TEN_FILES)), range(16)))
+            with results.time("16 concurrent first commands (all)"):
+                list(pool.map(lambda box: box.session().run("true"), boxes))
+            with results.time("16 concurrent stops (all)"):
+                list(pool.map(lambda box: box.stop(), boxes))
+
+
+def measure_live(results: Results, count: int) -> None:
+    boxes: list[Sandbox] = []
+    try:
+        with results.time(f"{count} live: start all"):
+            boxes.extend(Sandbox.start(SandboxSpec(files=TEN_FILES, limits=LIVE_LIMITS)) for _ in range(count))
+        with results.time(f"{count} live: a command in each"):
+            for box in boxes:
+                box.session().run("true", timeout=30)
+        for _ in range(50):
+            with results.time(f"{count} live: session: true"):
+                boxes[0].session().run("true")
+        with results.time(f"{count} live: one more start"):
+            boxes.append(Sandbox.start(SandboxSpec(files=TEN_FILES)))
+    finally:
+        with results.time(f"{count} live: stop all"):
+            for box in boxes:
+                box.stop()
+
+
+def cpu_per(action: Callable[[], None], repeats: int) -> float:
+    """CPU milliseconds of one `action`, in the supervisor and the sandboxes."""
+    before = supervisor_cpu_seconds()
+    for _ in range(repeats):
+        action()
+    time.sleep(0.2)  # the last processes are reaped
+    return 1e3 * (supervisor_cpu_seconds() - before) / repeats
+
+
+def start_and_stop() -> None:
+    Sandbox.start(SandboxSpec(files=TEN_FILES)).stop()
+
+
+def start_run_and_stop() -> None:
+    with Sandbox.start(SandboxSpec(files=TEN_FILES)) as box:
+        box.session().run("true")
+
+
+def show(rows: dict[str, dict[str, float]], cpu: dict[str, float]) -> None:
+    console = Console()
+    table = Table(title=f"Sandboxes on {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})")
+    for name in ("operation", "median ms", "p95 ms", "n"):
+        table.add_column(name, justify="left" if name == "operation" else "right")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['median_ms']:.2f}", f"{row['p95_ms']:.2f}", str(row["n"]))
+    for name, value in cpu.items():
+        table.add_row(f"CPU: {name}", f"{value:.1f}", "", "")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--live", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    arguments = parser.parse_args()
+    results = Results()
+    with results.time("supervisor start"):
+        get_backend("bubblewrap").capabilities
+    start_run_and_stop()
+    measure_operations(results, arguments.repeats)
+    measure_concurrency(results, max(2, arguments.repeats // 10))
+    measure_live(results, arguments.live)
+    cpu = {
+        "start + stop": cpu_per(start_and_stop, arguments.repeats),
+        "start + first command + stop": cpu_per(start_run_and_stop, arguments.repeats),
+    }
+    show(results.rows(), cpu)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"operations": results.rows(), "cpu_ms": cpu}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
