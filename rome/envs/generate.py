@@ -29,7 +29,8 @@ reward=0
 if cd {workdir} &&
 {checks}
 then reward=1; fi
-mkdir -p /logs/verifier && echo "$reward" > /logs/verifier/reward.txt
+[ -d /logs/verifier ] || mkdir -p /logs/verifier
+echo "$reward" > /logs/verifier/reward.txt
 """
 
 _TASK_TOML = """version = "1.0"

@@ -32,7 +32,7 @@ done
 """
 _RESERVE = f"{REWARDS}/.reserve"
 _RESERVE_BYTES = 64 * 1024
-_RUN = f'rm -f {_RESERVE}; cd "$1" 2>/dev/null || cd /; exec {TESTS}/test.sh'
+_RUN = f': > {_RESERVE}; cd "$1" 2>/dev/null || cd /; exec {TESTS}/test.sh'
 
 
 def run_verifier(sandbox: Sandbox, task: HarborTask) -> float:
@@ -49,8 +49,8 @@ def run_verifier(sandbox: Sandbox, task: HarborTask) -> float:
         f"{TESTS}/{name}": FileEntry(file.content, file.mode | 0o755 if name == "test.sh" else file.mode)
         for name, file in task.verifier.files.items()
     }
-    # The reserve makes the folder, and makes sure of room for what the tests write.
-    files[_RESERVE] = FileEntry(bytes(_RESERVE_BYTES))
+    # These make the folder, and make sure of room for what the tests write.
+    files |= {_RESERVE: FileEntry(bytes(_RESERVE_BYTES)), f"{REWARDS}/reward.txt": FileEntry(b"")}
     try:
         sandbox.write_files(files)
     except LimitExceeded:
