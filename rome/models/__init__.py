@@ -5,7 +5,7 @@ from rome.models.chat import ChatRenderer, Message, ParsedChunk, RenderError
 from rome.models.config import ConfigError, ModelConfig
 from rome.models.params import ParamSpec, count_params, init_params, param_specs
 from rome.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError, train_tokenizer
-from rome.models.transformer import forward, hidden_states, token_log_probs
+from rome.models.transformer import forward, hidden_states, token_log_probs, unstack_layers
 
 __all__ = [
     "SPECIAL_TOKENS",
@@ -28,4 +28,5 @@ __all__ = [
     "param_specs",
     "token_log_probs",
     "train_tokenizer",
+    "unstack_layers",
 ]

@@ -23,7 +23,8 @@ from rome.models.transformer import (
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of B slots: a tuple over layers of [B, K, max_length, h]; ``length`` int32[B] are valid."""
+    """Keys [B, K, h, max_length] and values [B, K, max_length, h] of B slots, a tuple over layers each; the first
+    ``length`` int32[B] columns are valid. Both are laid out so that a decode step's products read them in order."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -31,7 +32,7 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        return self.keys[0].shape[2]
+        return self.values[0].shape[2]
 
     def reset(self, slots: jax.Array) -> KVCache:
         """Empties the slots where bool[B] is true. What they held stays in memory, unreachable."""
@@ -40,9 +41,10 @@ class KVCache:
 
 def init_cache(config: ModelConfig, batch: int, max_length: int) -> KVCache:
     """An empty cache of ``batch`` slots with room for ``max_length`` tokens each, in ``config.dtype``."""
-    shape = (batch, config.num_kv_heads, max_length, config.head_dim)
-    zeros = [jnp.zeros(shape, config.dtype) for _ in range(2 * config.num_layers)]
-    return KVCache(tuple(zeros[::2]), tuple(zeros[1::2]), jnp.zeros((batch,), jnp.int32))
+    shape = (batch, config.num_kv_heads, config.head_dim, max_length)
+    keys = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    values = tuple(jnp.zeros((*shape[:2], max_length, config.head_dim), config.dtype) for _ in range(config.num_layers))
+    return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
 
 
 def extend(
@@ -62,6 +64,7 @@ def extend(
         cache with ``length + counts``. The caller keeps ``length + counts <= max_length``; what exceeds it is lost.
     """
     offsets = jnp.arange(tokens.shape[1])[None, :]
+    rows = jnp.arange(tokens.shape[0])[:, None]
     positions = cache.length[:, None] + offsets
     # an index out of bounds is dropped by the scatter below
     columns = jnp.where(offsets < counts[:, None], positions, cache.max_length)
@@ -73,8 +76,8 @@ def extend(
     for index in range(config.num_layers):
 
         def attend(q, k, v, index=index):
-            k = _write(cache.keys[index], k, columns)
-            v = _write(cache.values[index], v, columns)
+            k = cache.keys[index].at[rows, :, :, columns].set(_by_token(k), mode="drop")
+            v = cache.values[index].at[rows, :, columns].set(_by_token(v), mode="drop")
             return _attend_cache(q, k, v, bias_BxSxL), (k, v)
 
         x, (k, v) = decoder_layer(x, layer_params(params, index), config, rope, attend)
@@ -86,17 +89,15 @@ def extend(
     return logits, KVCache(tuple(keys), tuple(values), cache.length + counts)
 
 
-def _write(cache_BxKxLxh: jax.Array, new_BxKxSxh: jax.Array, columns_BxS: jax.Array) -> jax.Array:
-    rows = jnp.arange(cache_BxKxLxh.shape[0])[:, None]
-    new_BxSxKxh = jnp.swapaxes(new_BxKxSxh, 1, 2).astype(cache_BxKxLxh.dtype)
-    return cache_BxKxLxh.at[rows, :, columns_BxS].set(new_BxSxKxh, mode="drop")
+def _by_token(new_BxKxSxh: jax.Array) -> jax.Array:
+    return jnp.swapaxes(new_BxKxSxh, 1, 2)
 
 
-def _attend_cache(q: jax.Array, keys: jax.Array, values: jax.Array, bias_BxSxL: jax.Array) -> jax.Array:
-    """q [B, K, G, S, h] over keys and values [B, K, L, h]."""
+def _attend_cache(q: jax.Array, keys_BxKxhxL: jax.Array, values_BxKxLxh: jax.Array, bias_BxSxL: jax.Array) -> jax.Array:
+    """q [B, K, G, S, h] over the cached columns."""
     batch, kv_heads, groups, new, head_dim = q.shape
-    flat = q.reshape(batch, kv_heads, groups * new, head_dim)
-    scores = jnp.einsum("bkmh,bklh->bkml", flat, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    flat = q.reshape(batch, kv_heads, groups * new, head_dim) * head_dim**-0.5
+    scores = jnp.einsum("bkmh,bkhl->bkml", flat, keys_BxKxhxL, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, groups, new, -1) + bias_BxSxL[:, None, None]
-    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(batch, kv_heads, groups * new, -1)
-    return jnp.einsum("bkml,bklh->bkmh", probs, values).reshape(q.shape)
+    probs = jax.nn.softmax(scores, axis=-1).astype(values_BxKxLxh.dtype).reshape(batch, kv_heads, groups * new, -1)
+    return jnp.einsum("bkml,bklh->bkmh", probs, values_BxKxLxh).reshape(q.shape)
