@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rock_env import Limits, Sandbox, SandboxSpec, get_backend
+from rock_env import Limits, Sandbox, SandboxSpec, doctor, get_backend
 
 TEN_FILES = {f"file_{number}.txt": f"line {number}\n" for number in range(10)}
 LIVE_LIMITS = Limits(memory_bytes=64 << 20, pids=16, disk_bytes=1 << 20)
@@ -155,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = Results()
     with results.time("supervisor start"):
-        get_backend("bubblewrap").capabilities
+        doctor()
     start_run_and_stop()
     measure_operations(results, arguments.repeats)
     measure_concurrency(results, max(2, arguments.repeats // 10))

@@ -70,7 +70,7 @@ def receive(sock: socket.socket, deadline: float) -> Frame:
             raise TimeoutError("no reply before the deadline")
         sock.settimeout(remaining)
         try:
-            data = sock.recv(1 << 20)
+            data = sock.recv(1 << 16)
         except TimeoutError:
             raise
         except OSError as error:

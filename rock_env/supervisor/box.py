@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rock_env.supervisor import files, linux, process
+from rock_env.supervisor import cgroups, files, linux, process
 from rock_env.supervisor.cgroups import Group
 from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.loop import Event, Loop
@@ -108,7 +108,7 @@ class Box:
                 os.chown(f"/proc/self/fd/{work_fd}", self.uid, self.uid)
         finally:
             os.close(work_fd)
-        files.put(root_fd, entries, blob, self.uid, self.workdir)
+        files.put(root_fd, entries, blob, self.uid, self.workdir, unseen=True)
         if not self.lower:
             files.reset_times(upper_fd)
 
@@ -187,7 +187,7 @@ class Box:
         try:
             os.setsid()
             if self._group:
-                self._group.join()
+                cgroups.join(self._group.directories)
             process.place_descriptors({**descriptors, seccomp_fd: self._machine.seccomp_file()})
             process.reset_signals()
             # Inherited by the first process of the sandbox: the kernel then reaps orphans without its help.

@@ -20,8 +20,14 @@ def _unescape(path: str) -> str:
 
 
 def _read(path: str) -> str:
-    with open(path) as file:
-        return file.read()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pieces = []
+        while piece := os.read(fd, 65536):
+            pieces.append(piece)
+        return b"".join(pieces).decode()
+    finally:
+        os.close(fd)
 
 
 def _write(path: str, value: str) -> None:
@@ -30,6 +36,12 @@ def _write(path: str, value: str) -> None:
         os.write(fd, value.encode())
     finally:
         os.close(fd)
+
+
+def join(directories: list[str]) -> None:
+    """Move the calling process into groups."""
+    for directory in directories:
+        _write(f"{directory}/cgroup.procs", "0")
 
 
 def _keyed(text: str, key: str) -> int:
@@ -156,7 +168,7 @@ class Group:
         self.version = hierarchies.version
         self._paths = {c: os.path.join(base, supervisor, name) for c, base in hierarchies.base.items()}
         self.directories = list(dict.fromkeys(self._paths.values()))
-        self._last_oom = 0
+        self._oom_fd = -1
         made = []
         try:
             for directory in self.directories:
@@ -189,11 +201,6 @@ class Group:
             else:
                 _write(f"{cpu}/cpu.max", f"{quota} {_CPU_PERIOD_US}")
 
-    def join(self, pid: int = 0) -> None:
-        """Move a process (0: the caller) into the group."""
-        for directory in self.directories:
-            _write(f"{directory}/cgroup.procs", str(pid))
-
     def _number(self, controller: str, v1: str, v2: str) -> int | None:
         directory = self._paths.get(controller)
         if directory is None:
@@ -219,12 +226,15 @@ class Group:
         }
 
     def oom_kills(self) -> int:
+        """How many processes the memory limit has killed so far. Read twice per command, hence the open descriptor."""
         memory = self._paths.get("memory")
         if memory is None:
             return 0
-        file = "memory.oom_control" if self.version == 1 else "memory.events"
         try:
-            return _keyed(_read(f"{memory}/{file}"), "oom_kill")
+            if self._oom_fd < 0:
+                file = "memory.oom_control" if self.version == 1 else "memory.events"
+                self._oom_fd = os.open(f"{memory}/{file}", os.O_RDONLY | os.O_CLOEXEC)
+            return _keyed(os.pread(self._oom_fd, 4096, 0).decode(), "oom_kill")
         except OSError:
             return 0
 
@@ -258,6 +268,9 @@ class Group:
 
     def remove(self) -> bool:
         """Remove the directories; False while the kernel still counts a process in one (call again)."""
+        if self._oom_fd >= 0:
+            os.close(self._oom_fd)
+            self._oom_fd = -1
         remaining = []
         for directory in self.directories:
             try:

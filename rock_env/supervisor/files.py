@@ -106,9 +106,29 @@ def write_symlink(root_fd: int, path: str, target: str, owner: int) -> None:
         os.close(parent_fd)
 
 
-def put(root_fd: int, entries: list[dict], blob: bytes, owner: int, workdir: str) -> None:
-    """Write entries {"path", "kind", "mode", "size"} whose contents lie one after another in `blob`."""
+def _write_new(root_fd: int, path: str, data: memoryview, mode: int | None, owner: int) -> None:
+    """Create a file where nobody can look yet, without a temporary name. What is in its place goes the long way."""
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        fd = open_in_root(root_fd, path, flags, 0o600)
+    except (FileNotFoundError, FileExistsError):
+        write_file(root_fd, path, data, mode, owner)
+        return
+    try:
+        _write_all(fd, data)
+        os.fchown(fd, owner, owner)
+        os.fchmod(fd, 0o644 if mode is None else mode)
+    finally:
+        os.close(fd)
+
+
+def put(root_fd: int, entries: list[dict], blob: bytes, owner: int, workdir: str, unseen: bool = False) -> None:
+    """Write entries {"path", "kind", "mode", "size"} whose contents lie one after another in `blob`.
+
+    `unseen`: the sandbox does not run yet, and will not when this fails.
+    """
     view, offset = memoryview(blob), 0
+    write = _write_new if unseen else write_file
     for entry in entries:
         path = os.path.join(workdir, entry["path"])
         size = entry.get("size", 0)
@@ -118,7 +138,7 @@ def put(root_fd: int, entries: list[dict], blob: bytes, owner: int, workdir: str
             elif entry["kind"] == "symlink":
                 write_symlink(root_fd, path, entry["target"], owner)
             else:
-                write_file(root_fd, path, view[offset : offset + size], entry.get("mode"), owner)
+                write(root_fd, path, view[offset : offset + size], entry.get("mode"), owner)
         except OSError as error:
             raise file_fault(error, f"write {entry['path']}") from error
         offset += size

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from rock_env.supervisor import linux
+from rock_env.supervisor import cgroups, linux
 from rock_env.supervisor.loop import Loop
 
 _PIPE_READ = 65536
@@ -126,9 +126,7 @@ def enter_and_exec(
     """In a fresh child, already in the pid namespace: join everything else, drop all privileges, exec. No return."""
     try:
         os.setsid()
-        for directory in directories:
-            with open(f"{directory}/cgroup.procs", "w") as file:
-                file.write("0")
+        cgroups.join(directories)
         linux.setns(pidfd, _ALL_NAMESPACES)
         place_descriptors(descriptors)
         os.setresgid(agent, agent, agent)

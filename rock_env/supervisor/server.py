@@ -70,7 +70,7 @@ class Server:
                     await readable.wait()
                     self.loop.remove_reader(fd)
                     try:
-                        data = connection.recv(1 << 20)
+                        data = connection.recv(1 << 16)
                     except BlockingIOError:  # a stale event of a descriptor with the same number
                         continue
                     if not data:

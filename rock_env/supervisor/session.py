@@ -8,10 +8,13 @@ is restored.
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import re
 import signal
+import termios
 import time
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,7 @@ _COMMANDS, _REPORTS = 200, 201
 _STATUS, _STATE = b"S", b"D"
 _ABORT = signal.SIGRTMAX
 _GRACE_SECONDS = 0.5
+_ATTEMPTS = 5
 
 _PROGRAM = (
     "builtin unset -v __rock_program;"
@@ -66,6 +70,7 @@ class Session:
         self._changed = Event(box.loop)
         self._status: int | None = None
         self._cwd: str | None = None
+        self._sent = 0
 
     @property
     def is_running(self) -> bool:
@@ -148,12 +153,16 @@ class Session:
         if not await self._lock.acquire(deadline):
             raise Fault("request_timeout", f"session {self.name!r}: busy with another command until the deadline")
         try:
-            self._box.require_alive()
-            if self._exit_status is not None:  # the shell was killed between two commands
-                self.close()
-            if not self.is_running:
-                await self._start_shell()
-            return await self._run(command, deadline, output_bytes)
+            for _ in range(_ATTEMPTS):
+                self._box.require_alive()
+                if not self.is_running:
+                    await self._start_shell()
+                result = await self._run(command, deadline, output_bytes)
+                if result is not None:
+                    return result
+            raise Fault(
+                "error", f"session {self.name!r}: its shell was killed {_ATTEMPTS} times before it read the command"
+            )
         finally:
             self._lock.release()
 
@@ -188,12 +197,20 @@ class Session:
         data = command.encode("utf-8", "surrogateescape") + b"\0"
         fd = self._fds["command"]
         os.set_blocking(fd, False)
+        self._sent = 0
         try:
-            return data[os.write(fd, data) :]
+            self._sent = os.write(fd, data)
         except BlockingIOError:
             return data
         except BrokenPipeError:
-            return b""  # the shell has just died; its exit is reported below
+            return b""  # the shell has just died; its exit is being reported
+        return data[self._sent :]
+
+    def _unread(self) -> int:
+        """Bytes of commands that the shell has not read."""
+        count = array.array("i", [0])
+        fcntl.ioctl(self._fds["command"], termios.FIONREAD, count)
+        return count[0]
 
     def _feed(self, rest: bytes) -> None:
         """Continue a long command as the shell reads it."""
@@ -202,17 +219,20 @@ class Session:
         def more() -> None:
             nonlocal rest
             try:
-                rest = rest[os.write(fd, rest) :]
+                count = os.write(fd, rest)
             except BlockingIOError:
                 return
             except BrokenPipeError:
-                rest = b""
+                count = len(rest)
+            self._sent += count
+            rest = rest[count:]
             if not rest:
                 self._loop.remove_writer(fd)
 
         self._loop.add_writer(fd, more)
 
-    async def _run(self, command: str, deadline: float, output_bytes: int) -> dict:
+    async def _run(self, command: str, deadline: float, output_bytes: int) -> dict | None:
+        """The result; None when the shell had been killed before it read the command (it is closed then)."""
         started = time.monotonic()
         since = process.ticks_now()
         box = self._box
@@ -233,7 +253,11 @@ class Session:
         drain.close()
         if self._exit_status is not None:
             code, number = process.exit_of(self._exit_status)
+            untouched = finished and self._unread() >= self._sent
             self.close()
+            if untouched:
+                await box.settle()
+                return None
             if number == signal.SIGKILL and finished:
                 await box.settle()
         else:

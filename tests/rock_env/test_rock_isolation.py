@@ -41,7 +41,7 @@ def test_other_socket_families_are_refused(box, family):
         box, f"import socket; socket.socket(socket.{family}, socket.SOCK_STREAM if 'VS' in '{family}' else 5)"
     )
     assert result.exit_code == 1
-    assert "OSError" in result.output or "PermissionError" in result.output
+    assert "Address family not supported" in result.output
 
 
 def test_abstract_sockets_of_the_host_are_out_of_reach(box):
@@ -67,11 +67,24 @@ def test_host_files_are_invisible(box, tmp_path):
         "/boot",
     ):
         assert box.execute(["test", "-e", str(path)]).exit_code == 1, path
-    assert sorted(i.name for i in box.list_files("/")) == sorted(
-        p
-        for p in "app bin dev etc home lib lib32 lib64 mnt opt proc root run sbin srv sys tmp usr var".split()
-        if p not in ("lib32", "lib64") or os.path.isdir(f"/usr/{p}")
-    )
+    expected = {
+        "app",
+        "bin",
+        "dev",
+        "etc",
+        "home",
+        "lib",
+        "mnt",
+        "opt",
+        "proc",
+        "root",
+        "run",
+        "sbin",
+        "srv",
+        "sys",
+        "tmp",
+    }
+    assert {i.name for i in box.list_files("/")} - {"lib32", "lib64"} == expected | {"usr", "var"}
     assert box.execute("cat /etc/passwd | wc -l; cat /etc/hostname").output == "3\nsandbox\n"
 
 
@@ -170,10 +183,9 @@ for number, argument in zip(numbers, (0, 0, 1, 0x20000, 0, 0x10000000 | 17)):
 
 
 def test_setuid_programs_gain_nothing(box):
-    assert box.execute(
-        "ls /usr/bin/su >/dev/null && find /usr/bin -perm -4000 | head -1 | grep -q . ; cat /proc/mounts"
-    ).output.count("nosuid") >= box.execute("cat /proc/mounts | wc -l").output.count("x")
-    assert "nosuid" in box.execute("grep ' /usr ' /proc/mounts").output
+    options = [line.split()[3] for line in box.execute("cat /proc/mounts").output.splitlines()]
+    assert options
+    assert all("nosuid" in option.split(",") for option in options)
 
 
 def test_the_first_process_cannot_be_killed_from_inside(box):

@@ -154,7 +154,8 @@ with Sandbox.start(SandboxSpec(files={"a": "a"}, limits=free)) as box:
     box.write_file("b", "b")
     fork, = box.fork()
     fork.write_file("b", "c")
-    print(box.read_file("b"), fork.read_file("b"), fork.session().run("pwd; rm /app/a; ls /app").output, box.stats().cpu_seconds)
+    seen = fork.session().run("pwd; rm /app/a; ls /app").output
+    print(box.read_file("b"), fork.read_file("b"), seen, box.stats().cpu_seconds)
 print("done")
 """
 

@@ -59,7 +59,7 @@ def test_snapshot_with_another_spec():
 
 
 def test_snapshot_of_a_busy_sandbox_is_of_one_moment(fresh):
-    """Two files that a running process keeps equal (but for one step) are so in the snapshot: it was frozen meanwhile."""
+    """Two files that a running process keeps equal (but for one step) are so in the snapshot: it was frozen."""
     fresh.session().run(
         "(i=0; while :; do i=$((i+1)); echo $i > a; echo $i > b; done) >/dev/null 2>&1 & until test -s b; do :; done"
     )
