@@ -142,11 +142,6 @@ class Session:
         self._fds = {}
         self._pid = 0
 
-    def warm(self) -> None:
-        """Start the shell ahead of its first command."""
-        if not self.is_running and self._box.alive:
-            self._spawn()
-
     # -- commands
     async def run(self, command: str, seconds: float, output_bytes: int) -> dict:
         deadline = time.monotonic() + seconds
