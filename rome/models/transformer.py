@@ -61,14 +61,38 @@ def decoder_layer(
     batch, _, time, head_dim = q.shape
     mixed, state = attend(q.reshape(batch, config.num_kv_heads, -1, time, head_dim), k, v)
     mixed_BxTxn = jnp.swapaxes(mixed.reshape(q.shape), 1, 2).reshape(batch, time, -1)
-    x = x_BxTxD + mixed_BxTxn @ layer["wo"].reshape(-1, x_BxTxD.shape[-1])
+    x = x_BxTxD + linear(mixed_BxTxn, layer["wo"].reshape(-1, x_BxTxD.shape[-1]))
     return x + mlp(rms_norm(x, layer["mlp_norm"], eps), layer, config), state
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """x @ weights: [..., D] by [D, F]. The gradient of the weights transposes the narrower of its two factors, where
+    autodiff always transposes the gradient of the output: a fifth of a training step on CPU."""
+    return x @ weights
+
+
+def _linear_forward(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ weights, (x, weights)
+
+
+def _linear_backward(residuals: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weights = residuals
+    x_NxD, d_y_NxF = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
+    if weights.shape[0] <= weights.shape[1]:
+        d_weights = jnp.einsum("nd,nf->df", x_NxD, d_y_NxF)
+    else:
+        d_weights = jnp.einsum("nf,nd->fd", d_y_NxF, x_NxD).T
+    return (d_y_NxF @ weights.T).reshape(x.shape), d_weights
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def project_heads(y_BxTxD: jax.Array, weights_DxHxh: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, H, T, h]: one plain matrix product, whose small result is transposed rather than the weights."""
     width, heads, head_dim = weights_DxHxh.shape
-    projected = y_BxTxD @ weights_DxHxh.reshape(width, heads * head_dim)
+    projected = linear(y_BxTxD, weights_DxHxh.reshape(width, heads * head_dim))
     return jnp.swapaxes(projected.reshape(*y_BxTxD.shape[:2], heads, head_dim), 1, 2)
 
 
@@ -77,7 +101,8 @@ def mlp(y_BxTxD: jax.Array, layer: Params, config: ModelConfig) -> jax.Array:
     if config.is_moe:
         experts = Experts(layer["gate"], layer["up"], layer["down"])
         return moe_mlp(y_BxTxD.reshape(-1, y_BxTxD.shape[-1]), layer["router"], experts, config).reshape(y_BxTxD.shape)
-    return (jax.nn.silu(y_BxTxD @ layer["gate"]) * (y_BxTxD @ layer["up"])) @ layer["down"]
+    hidden = jax.nn.silu(linear(y_BxTxD, layer["gate"])) * linear(y_BxTxD, layer["up"])
+    return linear(hidden, layer["down"])
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
