@@ -21,7 +21,7 @@ class ModelConfig:
     parameters; norms, softmax, routing and log-probs are float32 whatever the two say.
 
     ``head_chunk`` is how many tokens `token_log_probs` turns into logits at a time. ``moe_dispatch`` picks how tokens
-    reach their experts (`rome.models.moe`); ``auto`` takes the one measured faster at the number of tokens at hand.
+    reach their experts (`rome.models.moe`); ``auto`` takes the one with less to multiply.
     ``scan_layers`` compiles one layer and loops over it; unrolled layers compile longer and run faster when small.
 
     Raises:

@@ -74,9 +74,14 @@ def _block_size(visits: int, num_experts: int) -> int:
     return min(max(1 << (share.bit_length() - 1), 8), 128)
 
 
+def _num_blocks(visits: int, num_experts: int, block: int) -> int:
+    """Enough for any routing: each expert leaves at most one block partly filled, and no block is empty."""
+    return min(-(-visits // block) + num_experts, visits)
+
+
 def _plan(experts_NxK: jax.Array, num_experts: int, block: int) -> _Plan:
     visits = experts_NxK.size
-    num_blocks = -(-visits // block) + num_experts  # enough for any routing
+    num_blocks = _num_blocks(visits, num_experts, block)
     expert_of_visit = experts_NxK.reshape(-1)
     order = jnp.argsort(expert_of_visit, stable=True)
     counts = (expert_of_visit[:, None] == jnp.arange(num_experts)).sum(axis=0)
@@ -150,13 +155,13 @@ DISPATCHES: dict[str, Dispatch] = {"dense": dense_dispatch, "sparse": sparse_dis
 
 
 def pick_dispatch(config: ModelConfig, num_tokens: int) -> Dispatch:
-    """The dispatch that ``config.moe_dispatch`` names; ``auto`` goes by the number of products that each needs."""
+    """The dispatch that ``config.moe_dispatch`` names; ``auto`` takes the one that multiplies fewer rows."""
     if config.moe_dispatch != "auto":
         return DISPATCHES[config.moe_dispatch]
     visits = num_tokens * config.num_experts_per_token
-    padding = config.num_experts * _block_size(visits, config.num_experts)
-    dense_visits = num_tokens * config.num_experts
-    return sparse_dispatch if num_tokens >= 256 and 2 * (visits + padding) < dense_visits else dense_dispatch
+    block = _block_size(visits, config.num_experts)
+    rows = block * _num_blocks(visits, config.num_experts, block)
+    return sparse_dispatch if rows < num_tokens * config.num_experts else dense_dispatch
 
 
 def moe_mlp(x_NxD: jax.Array, router_DxE: jax.Array, experts: Experts, config: ModelConfig) -> jax.Array:

@@ -213,12 +213,13 @@ def test_packed_equals_unpacked_in_log_probs_and_gradients(name):
     assert_trees_close(grads, alone_grads, atol=2e-4)
 
 
-def test_gradients_match_plain_attention_and_finite_differences():
-    """The hand-written backward passes, against autodiff through textbook attention and central differences."""
-    params = make_params(MOE)
-    batch = packed_rows(MOE, [[9, 5], [14], [20]], 20)
+# every expert is chosen: which ones are is a step function, that differences would trip over
+@pytest.mark.parametrize("config", [DENSE, dataclasses.replace(MOE, num_experts_per_token=5)], ids=["dense", "moe"])
+def test_hand_written_gradients_match_central_differences(config):
+    params = make_params(config)
+    batch = packed_rows(config, [[9, 8], [17], [3]], 20)
     weights = np.random.default_rng(2).normal(size=batch[0].shape).astype(np.float32)
-    _, _, grads = loss_and_grad(params, MOE, *batch, weights)
+    _, _, grads = loss_and_grad(params, config, *batch, weights)
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(3)
     for index, grad in enumerate(jax.tree.leaves(grads)):
@@ -227,10 +228,10 @@ def test_gradients_match_plain_attention_and_finite_differences():
 
         def value(step, index=index, direction=direction):
             moved = [leaf + step * direction if i == index else leaf for i, leaf in enumerate(leaves)]
-            return float(loss_and_grad(jax.tree.unflatten(tree, moved), MOE, *batch, weights)[0])
+            return float(loss_and_grad(jax.tree.unflatten(tree, moved), config, *batch, weights)[0])
 
         slope = (value(5e-3) - value(-5e-3)) / 1e-2
-        assert abs(slope - float((grad * direction).sum())) < 2e-2 * max(1.0, abs(slope))
+        assert abs(slope - float((grad * direction).sum())) < 0.01 * max(1.0, abs(slope))
 
 
 @pytest.mark.parametrize("name", ["dense", "moe_sparse"])
@@ -341,11 +342,11 @@ def test_sparse_dispatch_equals_dense_in_output_and_gradients(tokens, experts, t
 
 
 def test_dispatch_is_picked_by_name_or_size():
-    auto = dataclasses.replace(MOE, moe_dispatch="auto", num_experts=64)
+    auto = dataclasses.replace(MOE, moe_dispatch="auto", num_experts=8)
     assert pick_dispatch(dataclasses.replace(MOE, moe_dispatch="dense"), 10_000) is dense_dispatch
     assert pick_dispatch(dataclasses.replace(MOE, moe_dispatch="sparse"), 1) is sparse_dispatch
     assert pick_dispatch(auto, 4096) is sparse_dispatch
-    assert pick_dispatch(auto, 8) is dense_dispatch
+    assert pick_dispatch(auto, 1) is dense_dispatch  # a block of one visit is mostly padding
 
 
 # ---- parameters and config
