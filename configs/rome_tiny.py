@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.vocab_size = 1024
     config.tensorboard = True
+    config.induction = True
     config.model = ConfigDict(
         {
             "hidden_size": 128,
@@ -44,10 +45,10 @@ def get_config() -> ConfigDict:
         }
     )
     config.environment = ConfigDict({"max_chunks": 10, "max_observation_chars": 200, "command_seconds": 5.0})
-    config.demonstrations = ConfigDict({"count": 2400, "flawed_fraction": 0.5, "workers": 8})
+    config.demonstrations = ConfigDict({"count": 1200, "flawed_fraction": 0.5, "workers": 8})
     config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
-    config.cpt = _supervised(steps=100, rows=32, row_length=64, learning_rate=3e-3)
-    config.sft = _supervised(steps=500, rows=12, row_length=192, learning_rate=3e-3)
+    config.cpt = _supervised(steps=40, rows=32, row_length=64)
+    config.sft = _supervised(steps=400, rows=12, row_length=192)
     config.ipa = ConfigDict(
         {
             "return_level": "chunk",
@@ -77,7 +78,7 @@ def get_config() -> ConfigDict:
             "updates_per_batch": 1,
             "skip_inert": True,
             "save_every": 25,
-            "optimizer": _optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=5),
+            "optimizer": _optimizer("adamw", 3e-4, None, "constant", 5),
         }
     )
     config.engine = ConfigDict(
@@ -98,22 +99,26 @@ def get_config() -> ConfigDict:
     return config
 
 
-def _supervised(steps: int, rows: int, row_length: int, learning_rate: float) -> ConfigDict:
+def _supervised(steps: int, rows: int, row_length: int) -> ConfigDict:
     return ConfigDict(
         {
             "steps": steps,
             "rows": rows,
             "row_length": row_length,
             "log_every": 10,
-            "optimizer": _optimizer(learning_rate, "cosine", 20),
+            "optimizer": _optimizer("muon", 2e-2, 1e-2, "cosine", 20),
         }
     )
 
 
-def _optimizer(learning_rate: float, schedule: str, warmup_steps: int) -> ConfigDict:
+def _optimizer(
+    name: str, learning_rate: float, adam_learning_rate: float | None, schedule: str, warmup_steps: int
+) -> ConfigDict:
     return ConfigDict(
         {
+            "name": name,
             "learning_rate": learning_rate,
+            "adam_learning_rate": adam_learning_rate,
             "schedule": schedule,
             "warmup_steps": warmup_steps,
             "beta1": 0.9,

@@ -1,7 +1,8 @@
 """Floor 3: where training data comes from: copy exercises, demonstrations, the task sampler."""
 
 from rome.data.copying import copy_exercises
-from rome.data.demonstrations import Episode, collect_episodes, tokenize_episodes
+from rome.data.demonstrations import Episode, collect_episodes, relabel, tokenize_episodes
+from rome.data.relabel import relabelling
 from rome.data.sampler import TaskSampler, TaskSpec, fixed_tasks
 
 __all__ = [
@@ -11,5 +12,7 @@ __all__ = [
     "collect_episodes",
     "copy_exercises",
     "fixed_tasks",
+    "relabel",
+    "relabelling",
     "tokenize_episodes",
 ]

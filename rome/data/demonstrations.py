@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,31 +103,45 @@ def collect_episodes(
 
 def tokenize_episodes(episodes: Sequence[Episode], renderer: ChatRenderer) -> list[Trajectory]:
     """The episodes as trajectories (behavior_logp 0, version −1: nobody sampled these tokens)."""
-    trajectories = []
-    for number, episode in enumerate(episodes):
-        name = f"demo-{number}"
-        chunks, observations = [], []
-        for k, (action, output) in enumerate(zip(episode.actions, episode.outputs, strict=True)):
-            tokens = np.array(renderer.chunk(action), np.int32)
-            zeros = np.zeros(len(tokens), np.float32)
-            versions = np.full(len(tokens), -1, np.int32)
-            chunks.append(Chunk(f"{name}/{k}", tokens, zeros, versions, action or "", error=episode.errors[k]))
-            if k < len(episode.actions) - 1:
-                delta = renderer.observation([Message("tool", output)])
-                observations.append(Observation(np.array(delta, np.int32), output))
-        prompt = renderer.prompt([Message("user", episode.task.instruction)])
-        trajectories.append(
-            Trajectory(
-                id=name,
-                group_id=name,
-                task=episode.task,
-                seed=episode.task.seed,
-                prompt=Observation(np.array(prompt, np.int32), episode.task.instruction),
-                chunks=tuple(chunks),
-                observations=tuple(observations),
-                final_reward=episode.reward,
-                status=episode.status,
-                start_version=-1,
-            )
-        )
-    return trajectories
+    return [_tokenize(f"demo-{number}", episode, renderer) for number, episode in enumerate(episodes)]
+
+
+def relabel(demonstration: Trajectory, mapping: Callable[[str], str], renderer: ChatRenderer) -> Trajectory:
+    """A demonstration of `tokenize_episodes` with every text mapped (see `relabelling`) and tokenized again."""
+    t = demonstration
+    outputs = [mapping(observation.text) for observation in t.observations]
+    episode = Episode(
+        task=replace(t.task, instruction=mapping(t.task.instruction)),
+        actions=tuple(mapping(chunk.text) or None for chunk in t.chunks),
+        outputs=(*outputs, *[""] * (len(t.chunks) - len(outputs))),
+        errors=tuple(chunk.error for chunk in t.chunks),
+        reward=float(t.final_reward or 0.0),
+        status=t.status,
+        flawed=not t.succeeded,
+    )
+    return _tokenize(t.id, episode, renderer)
+
+
+def _tokenize(name: str, episode: Episode, renderer: ChatRenderer) -> Trajectory:
+    chunks, observations = [], []
+    for k, (action, output) in enumerate(zip(episode.actions, episode.outputs, strict=True)):
+        tokens = np.array(renderer.chunk(action), np.int32)
+        zeros = np.zeros(len(tokens), np.float32)
+        versions = np.full(len(tokens), -1, np.int32)
+        chunks.append(Chunk(f"{name}/{k}", tokens, zeros, versions, action or "", error=episode.errors[k]))
+        if k < len(episode.actions) - 1:
+            delta = renderer.observation([Message("tool", output)])
+            observations.append(Observation(np.array(delta, np.int32), output))
+    prompt = renderer.prompt([Message("user", episode.task.instruction)])
+    return Trajectory(
+        id=name,
+        group_id=name,
+        task=episode.task,
+        seed=episode.task.seed,
+        prompt=Observation(np.array(prompt, np.int32), episode.task.instruction),
+        chunks=tuple(chunks),
+        observations=tuple(observations),
+        final_reward=episode.reward,
+        status=episode.status,
+        start_version=-1,
+    )

@@ -3,6 +3,7 @@
 from rome.models.cache import KVCache, extend, init_cache
 from rome.models.chat import ChatRenderer, Message, ParsedChunk, RenderError
 from rome.models.config import ConfigError, ModelConfig
+from rome.models.induction import init_induction
 from rome.models.params import ParamSpec, count_params, init_params, param_specs
 from rome.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError, train_tokenizer
 from rome.models.transformer import forward, hidden_states, token_log_probs, unstack_layers
@@ -24,6 +25,7 @@ __all__ = [
     "forward",
     "hidden_states",
     "init_cache",
+    "init_induction",
     "init_params",
     "param_specs",
     "token_log_probs",

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rome.models import KVCache, ModelConfig, extend, init_cache
+from rome.models import KVCache, ModelConfig, extend, init_cache, unstack_layers
 from rome.rollout.sampling import sample_tokens
 
 
@@ -380,6 +380,7 @@ def _decode(
     sampling distribution[C] and raw[C], the count, and the index of the `Finish`.
     """
     rows = active.shape[0]
+    params = unstack_layers(params, model_config)
 
     def sample(cache: KVCache, logits: jax.Array, live: jax.Array, step: jax.Array, out: jax.Array) -> Any:
         drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, top_k, top_p)

@@ -18,12 +18,13 @@ from rome.data import TaskSampler, collect_episodes, fixed_tasks, tokenize_episo
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
 from rome.envs import TerminalEnv
 from rome.files import atomic_write
-from rome.models import ChatRenderer, Tokenizer, init_params, train_tokenizer
+from rome.models import ChatRenderer, Tokenizer, init_induction, init_params, train_tokenizer
 from rome.rollout import DecodeEngine, RolloutRunner
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
 from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
+from rome.training.platform import keep_freed_memory
 from rome.training.policy import PolicyTrainer
 from rome.training.report import write_report
 from rome.training.rl import GroupSource, request_for, rollout_metrics
@@ -41,6 +42,7 @@ MAY_CHANGE = ("checkpoint.keep", "rollout.env_threads", "demonstrations.workers"
 
 def train(config: ConfigDict) -> dict[str, Any]:
     """Runs, or continues, the run of `config` in its directory; returns what `result.json` holds."""
+    keep_freed_memory()
     settings = load_settings(config)
     directory, _ = open_run(config, MAY_CHANGE)
     finished = directory / "result.json"
@@ -162,6 +164,8 @@ class Run:
     def _restore(self) -> tuple[str, int, TrainState, tuple[dict[str, Any], bytes] | None]:
         """(stage, step, state, rollout state): from the newest checkpoint, or a new policy at the first step."""
         fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
+        if self.settings.induction:
+            fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
         latest = self.checkpointer.latest_step
         if latest is None:
             self.writer.restore(min(self.writer.num_records, 1))  # the record of the demonstrations stays
@@ -182,7 +186,7 @@ class Run:
         if stage == "cpt":
             batch_at = copy_batches(section, s.copying, self.demonstrations, s.seed)
         else:
-            batch_at = demonstration_batches(section, self.demonstrations, s.seed)
+            batch_at = demonstration_batches(section, self.demonstrations, self.renderer, s.seed)
         self.progress.start(stage, section.steps, start)
         clock = [time.monotonic(), start]
 

@@ -111,12 +111,13 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A whole config file."""
+    """A whole config file. `induction`: start with `rome.models.init_induction`."""
 
     name: str
     seed: int
     vocab_size: int
     model: dict[str, Any]
+    induction: bool
     tasks: TaskSettings
     environment: EnvironmentSettings
     demonstrations: DemonstrationSettings

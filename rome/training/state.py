@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import struct
 
 Params = Any
@@ -15,12 +16,16 @@ Params = Any
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under global-norm clipping. `schedule`: constant or cosine (to 10 % of the peak) after a linear warm-up.
+    """AdamW, or Muon for the matrices of the layers with Adam for the rest, under global-norm clipping.
 
-    `learning_rate` is the peak; `warmup_steps` counts optimizer updates. Weight decay applies to matrices only.
+    `schedule`: constant or cosine (to 10 % of the peak) after a linear warm-up of `warmup_steps` updates.
+    `learning_rate` is the peak; `adam_learning_rate` is Adam's part under Muon (Jordan 2024; updates scaled to AdamW's
+    root mean square as in Liu et al. 2025, arXiv 2502.16982). Weight decay leaves norm scales alone.
     """
 
     learning_rate: float
+    name: str = "adamw"
+    adam_learning_rate: float | None = None
     schedule: str = "constant"
     warmup_steps: int = 0
     beta1: float = 0.9
@@ -30,13 +35,65 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer.name: expected 'adamw' or 'muon', found {self.name!r}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"optimizer.schedule: expected 'constant' or 'cosine', found {self.schedule!r}")
+        if (self.adam_learning_rate is not None) != (self.name == "muon"):
+            raise ValueError("optimizer.adam_learning_rate: expected a number for 'muon' and None for 'adamw'")
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """clip by global norm → AdamW or Muon → schedule over `total_steps` updates."""
+    if config.name == "muon":
+        optimizer = optax.contrib.muon(
+            _schedule(config, config.learning_rate, total_steps),
+            adam_learning_rate=_schedule(config, config.adam_learning_rate, total_steps),
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+    else:
+        optimizer = optax.adamw(
+            _schedule(config, config.learning_rate, total_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=_decayed,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+
+
+def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> optax.Schedule:
+    start = 0.0 if config.warmup_steps else peak
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(start, peak, config.warmup_steps)
+    decay_steps = max(total_steps, config.warmup_steps + 1)
+    return optax.warmup_cosine_decay_schedule(start, peak, config.warmup_steps, decay_steps, 0.1 * peak)
 
 
 def _decayed(params: Params) -> Params:
     """True for matrices, False for norm scales (layers are stacked, so the rank alone does not tell)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+
+def _matrices(params: Params) -> Params:
+    """How each weight is a matrix, (axes in, axes out); leading axes (layers, experts) are batched. None: Adam."""
+    shapes = {"wq": (-3, (-2, -1)), "wk": (-3, (-2, -1)), "wv": (-3, (-2, -1)), "wo": ((-3, -2), -1)}
+    shapes |= {name: (-2, -1) for name in ("gate", "up", "down")}
+
+    def numbers(path: tuple, leaf: jax.Array) -> Any:
+        axes = shapes.get(path[-1].key)
+        if axes is None:
+            return None
+        into, out = (tuple(a % leaf.ndim for a in ((x,) if isinstance(x, int) else x)) for x in axes)
+        return optax.contrib.MuonDimensionNumbers(into, out)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
 
 
 @struct.dataclass
@@ -46,35 +103,6 @@ class TrainState:
     step: jax.Array
     params: Params
     opt_state: optax.OptState
-
-
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """clip by global norm → Adam → decoupled weight decay on matrices → schedule over `total_steps` updates."""
-    if config.schedule == "cosine":
-        schedule: optax.Schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0 if config.warmup_steps else config.learning_rate,
-            peak_value=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            decay_steps=max(total_steps, config.warmup_steps + 1),
-            end_value=0.1 * config.learning_rate,
-        )
-    else:
-        schedule = optax.warmup_constant_schedule(
-            init_value=0.0 if config.warmup_steps else config.learning_rate,
-            peak_value=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-        )
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=_decayed,
-        ),
-    )
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

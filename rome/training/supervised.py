@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from rome.data import copy_exercises
+from rome.data import copy_exercises, relabel, relabelling
+from rome.envs.families.words import WORDS
 from rome.ipa import sft_chunk_mask
-from rome.models import SPECIAL_TOKENS
+from rome.models import SPECIAL_TOKENS, ChatRenderer
 from rome.training.packing import pack_trajectories
 from rome.training.settings import CopySettings, SupervisedSettings
 from rome.training.state import TrainState
@@ -38,33 +39,34 @@ def copy_batches(
     return batch
 
 
-def demonstration_batches(settings: SupervisedSettings, demonstrations: Sequence[Trajectory], seed: int) -> BatchAt:
-    """Step → batch of packed demonstrations, each row once an epoch. A pure function of (seed, step)."""
-    order = np.random.default_rng([seed, 2]).permutation(len(demonstrations))
-    shuffled = [demonstrations[i] for i in order]
-    max_chunks = max(8, settings.row_length // 4)
-    rows = pack_trajectories(shuffled, settings.row_length, max_chunks, settings.rows)
-    relevant = np.ones(1, bool)  # scripted experts' contexts are never compressed or emulated
-    keep = [sft_chunk_mask(np.array([c.error for c in t.chunks]), relevant) for t in shuffled]
-    mask = rows.table(keep, bool, False)
-    epochs: dict[int, np.ndarray] = {}
+def demonstration_batches(
+    settings: SupervisedSettings, demonstrations: Sequence[Trajectory], renderer: ChatRenderer, seed: int
+) -> BatchAt:
+    """Step → batch of packed demonstrations, their names and numbers drawn anew. A pure function of (seed, step).
 
-    def row(index: int) -> int:
-        epoch, position = divmod(index, rows.num_rows)
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = np.random.default_rng([seed, 3, epoch]).permutation(rows.num_rows)
-        return int(epochs[epoch][position])
+    Each epoch takes the demonstrations in a new order; a batch takes `rows × row_length` tokens' worth of them, and
+    leaves out what does not fit in its rows.
+    """
+    mean_tokens = sum(t.num_tokens for t in demonstrations) / len(demonstrations)
+    count = max(1, int(settings.rows * settings.row_length / mean_tokens))
+    max_chunks = max(8, settings.row_length // 4)
+    relevant = np.ones(1, bool)  # scripted experts' contexts are never compressed or emulated
+    orders: dict[int, np.ndarray] = {}
+
+    def demonstration(index: int) -> Trajectory:
+        epoch, position = divmod(index, len(demonstrations))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, 2, epoch]).permutation(len(demonstrations))
+            orders.pop(epoch - 2, None)
+        return demonstrations[int(orders[epoch][position])]
 
     def batch(step: int) -> SupervisedBatch:
-        chosen = np.array([row(step * settings.rows + i) for i in range(settings.rows)])
-        return SupervisedBatch(
-            rows.tokens[chosen],
-            rows.positions[chosen],
-            rows.segment_ids[chosen],
-            rows.chunk_ids[chosen],
-            mask[chosen],
-        )
+        rng = np.random.default_rng([seed, 3, step])
+        chosen = [relabel(demonstration(step * count + i), relabelling(rng, WORDS), renderer) for i in range(count)]
+        rows = pack_trajectories(chosen, settings.row_length, max_chunks, settings.rows)
+        keep = [sft_chunk_mask(np.array([c.error for c in t.chunks]), relevant) for t in chosen]
+        arrays = (rows.tokens, rows.positions, rows.segment_ids, rows.chunk_ids, rows.table(keep, bool, False))
+        return SupervisedBatch(*(array[: settings.rows] for array in arrays))
 
     return batch
 

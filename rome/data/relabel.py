@@ -1,0 +1,38 @@
+"""Relabelling: one demonstration stands for all that differ from it in names and numbers only.
+
+The names of a procedural task are drawn from a pool and its numbers at random, so exchanging them everywhere at once
+(instruction, commands, outputs) gives an equally good demonstration without running it again. A policy trained on such
+data cannot remember answers; it has to copy them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+_PIECE = re.compile(r"[a-z]+|[0-9]{3,}")
+
+
+def relabelling(rng: np.random.Generator, names: Sequence[str]) -> Callable[[str], str]:
+    """A text → text function that permutes `names` and redraws numbers of three digits or more, consistently.
+
+    Three-digit numbers stay valid file modes with read permission for the owner; longer ones keep their length and no
+    leading zero. Everything else stays as it is.
+    """
+    permuted = dict(zip(names, (names[i] for i in rng.permutation(len(names))), strict=True))
+    numbers: dict[str, str] = {}
+
+    def number(text: str) -> str:
+        if text not in numbers:
+            low, high, first = ([0, 8, 4]) if len(text) == 3 else ([0, 10, 1])
+            digits = [rng.integers(first, high), *rng.integers(low, high, len(text) - 1)]
+            numbers[text] = "".join(str(digit) for digit in digits)
+        return numbers[text]
+
+    def piece(match: re.Match[str]) -> str:
+        text = match.group()
+        return number(text) if text[0].isdigit() else permuted.get(text, text)
+
+    return lambda text: _PIECE.sub(piece, text)

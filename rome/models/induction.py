@@ -1,0 +1,63 @@
+"""A structured start: small transformers that can copy from the first step.
+
+An agent copies (names, codes, paths) more than it invents, and what a small transformer learns last is the induction
+circuit that does it: a head that looks one token back, and a later head that looks for its own token in what those
+heads wrote. Trained from a random start it takes thousands of updates to appear. Here it is there at the start, in
+one key/value group of each layer; everything stays trainable, and the architecture is untouched. (The idea of starting
+attention near a known solution: Trockman & Kolter, "Mimetic Initialization of Self-Attention Layers", 2023; the
+circuit: Olsson et al., "In-context Learning and Induction Heads", 2022.)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rome.models.config import ModelConfig
+from rome.models.params import Params
+
+COMMON = 0.5  # length of the direction that all embeddings share, against theirs
+KEEP = 0.2  # how much of the random start stays in the head that looks back
+MATCH = 0.8  # of a matching head's query that looks for its own token
+COPY = 0.3  # how much of the identity a head of a later layer writes
+
+
+def init_induction(params: Params, config: ModelConfig, key: jax.Array) -> Params:
+    """`params` (of `init_params`) with an induction circuit in the first key/value group of every layer.
+
+    * All embeddings share a small direction. It adds a constant to tied logits, which softmax ignores, and gives
+      queries and keys a constant part to work with (the model has no biases).
+    * Layer 0: the constant parts of query and key differ by one rotary position, so attention peaks one token back.
+    * Later layers: queries look for what layer 0 wrote about a token's predecessor; values are written back as
+      themselves, so the token found is the token predicted.
+    """
+    group = config.num_heads // config.num_kv_heads
+    layers = dict(params["layers"])
+    wq, wk, wv, wo = (layers[name].astype(jnp.float32) for name in ("wq", "wk", "wv", "wo"))
+    embedding = params["embedding"].astype(jnp.float32)
+
+    common = jax.random.normal(key, (config.hidden_size,))
+    common = common / jnp.linalg.norm(common)
+    length = jnp.mean(jnp.linalg.norm(embedding, axis=-1))
+    embedding = embedding + COMMON * length * common
+
+    half = config.head_dim // 2
+    angle = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    fast = (jnp.arange(half) < (half + 1) // 2).astype(jnp.float32)  # slow pairs can't tell neighbours apart
+    looks_at = jnp.concatenate([fast, jnp.zeros(half)])
+    looks_from = jnp.concatenate([fast * jnp.cos(angle), -fast * jnp.sin(angle)])  # one position earlier
+    wk = wk.at[0, :, 0].set(KEEP * wk[0, :, 0] + jnp.outer(common, looks_at))
+    wq = wq.at[0, :, :group].set(KEEP * wq[0, :, :group] + jnp.einsum("d,h->dh", common, looks_from)[:, None])
+
+    written = sum(wv[0, :, 0] @ wo[0, head] for head in range(group))  # [D, D]: what is known of the predecessor
+    for layer in range(1, config.num_layers):
+        match = written @ wk[layer, :, 0]
+        match = match / jnp.linalg.norm(match)
+        for head in range(config.num_heads):
+            wo = wo.at[layer, head].add(COPY * wv[layer, :, head // group].T)
+            if head < group:
+                query = wq[layer, :, head]
+                wq = wq.at[layer, :, head].set(MATCH * jnp.linalg.norm(query) * match + (1 - MATCH) * query)
+    layers |= {"wq": wq, "wk": wk, "wo": wo}
+    cast = jax.tree.map(lambda new, old: new.astype(old.dtype), {**params, "layers": layers}, params)
+    return {**cast, "embedding": embedding.astype(params["embedding"].dtype)}
