@@ -2,7 +2,7 @@
 
 from rome.data.copying import copy_exercises
 from rome.data.demonstrations import Episode, collect_episodes, relabel, tokenize_episodes
-from rome.data.relabel import relabelling
+from rome.data.names import relabelling
 from rome.data.sampler import TaskSampler, TaskSpec, fixed_tasks
 
 __all__ = [
