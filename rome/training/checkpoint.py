@@ -7,11 +7,13 @@ the previous checkpoint; a CRC of every array, kept in the cursor, tells a damag
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -28,6 +30,15 @@ def _checksums(tree: Any) -> dict[str, int]:
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
+
+
+def _cursor_crc(document: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def _placed_like(restored: Any, template: Any) -> Any:
+    """Orbax commits what it restores to a device; a committed argument is another program to jit than a free one."""
+    return restored if getattr(template, "committed", True) else jnp.array(np.asarray(restored))
 
 
 class Checkpointer:
@@ -51,8 +62,9 @@ class Checkpointer:
         document = {**cursor, "checksums": _checksums(state), "buffer_crc": zlib.crc32(buffer)}
         buffer_array = np.frombuffer(buffer or b"\0", np.uint8)
         document["buffer_bytes"] = len(buffer)
+        document["crc"] = _cursor_crc(document)
         try:
-            self._manager.save(
+            written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
@@ -63,10 +75,17 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self._directory / str(step)}: could not be written: {error}") from error
+        if not written:  # Orbax skips such a step without a word
+            raise CheckpointError(
+                f"{self._directory / str(step)}: expected a step after the newest checkpoint's, {self.latest_step}"
+            )
 
     def cursor(self, step: int) -> dict[str, Any]:
         """The JSON cursor of a checkpoint, which tells what state it holds."""
-        return dict(self._restore(step, "cursor", ocp.args.JsonRestore()))
+        cursor = dict(self._restore(step, "cursor", ocp.args.JsonRestore()))
+        if cursor.pop("crc", None) != _cursor_crc(cursor):
+            raise self._damaged(step, "its cursor is damaged (the CRC differs)")
+        return cursor
 
     def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any], bytes]:
         """`(state, cursor, buffer)` of the checkpoint; `template` is a state of the same structure and shapes."""
@@ -76,21 +95,22 @@ class Checkpointer:
         found = _checksums(state)
         for name, expected in cursor.pop("checksums").items():
             if found.get(name) != expected:
-                raise CheckpointError(f"{self._directory / str(step)}: state{name} is damaged (its CRC differs)")
+                raise self._damaged(step, f"state{name} is damaged (its CRC differs)")
         buffer = np.asarray(self._restore(step, "buffer", ocp.args.StandardRestore())["bytes"]).tobytes()
         buffer = buffer[: cursor.pop("buffer_bytes")]
         if zlib.crc32(buffer) != cursor.pop("buffer_crc"):
-            raise CheckpointError(f"{self._directory / str(step)}: the sample buffer is damaged (its CRC differs)")
-        return state, cursor, buffer
+            raise self._damaged(step, "the sample buffer is damaged (its CRC differs)")
+        return jax.tree.map(_placed_like, state, template), cursor, buffer
 
     def _restore(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # Orbax and TensorStore raise a dozen types for a damaged file
-            raise CheckpointError(
-                f"{self._directory / str(step)}: {item} can't be read ({type(error).__name__}: {error}). "
-                "Delete this folder to continue from the checkpoint before it."
-            ) from error
+            raise self._damaged(step, f"{item} can't be read ({type(error).__name__}: {error})") from error
+
+    def _damaged(self, step: int, what: str) -> CheckpointError:
+        advice = "Delete this folder to continue from the checkpoint before it."
+        return CheckpointError(f"{self._directory / str(step)}: {what}. {advice}")
 
     def close(self) -> None:
         self._manager.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ class Update:
 
 
 class PolicyTrainer:
-    """Runs `PolicyStep` over batches of trajectories. All shapes are static: nothing recompiles after the first batch.
+    """Runs `PolicyStep` over batches of trajectories. All shapes are static: nothing compiles after `warmup`.
 
     The reward shaping, returns and masks are the objective's; see `rome.ipa`.
     """
@@ -74,9 +75,28 @@ class PolicyTrainer:
         self._objective, self._settings = objective, settings
         on_policy = settings.updates_per_batch == 1
         self._step = PolicyStep(model, objective, optimizer, on_policy, temperature)
+        self._compute_returns = jax.jit(partial(trajectory_returns, config=objective), static_argnums=2)
         self._totals = jax.jit(lambda batch: batch_totals(batch, objective))
         self._add = jax.jit(lambda a, b: jax.tree.map(lambda x, y: x + y, a, b))
         self._merge = jax.jit(lambda a, b: merge_metrics(jax.tree.map(lambda x, y: jax.numpy.stack([x, y]), a, b)))
+
+    def warmup(self, state: TrainState) -> None:
+        """Compiles everything that `update` runs on `groups × group_size` trajectories; `state` stays as it is.
+
+        Without it, a batch compiles what it is the first to need: a second micro-batch, or anything to train at all.
+        """
+        s = self._settings
+        count, width = s.groups * s.group_size, s.max_chunks
+        rewards, chunks = np.zeros(count, np.float32), np.ones(count, np.int32)
+        self._compute_returns(rewards, chunks, width, group_ids=np.zeros(count, np.int32), intrinsic=None)
+        batch = self._batches([], np.zeros((0, width), np.float32), {})[1][0]
+        totals = self._add(Totals(np.float32(0), np.float32(0)), self._totals(batch))
+        gradients = self._step.zeros(state.params)
+        gradients, (_, metrics, _) = self._step.accumulate(state.params, gradients, batch, totals)
+        self._merge(metrics, metrics)
+        if s.updates_per_batch > 1:
+            self._step.log_probs(state.params, batch)
+        self._step.apply.lower(state, gradients).compile()  # not called: it would need the memory of a second state
 
     def update(
         self, state: TrainState, trajectories: Sequence[Trajectory], seed: int, annotate: bool = False
@@ -90,7 +110,8 @@ class PolicyTrainer:
         for indices in parts:
             state, part = self._update_part(state, trajectories, returns, indices, old, annotate, update)
             metrics.append(part)
-        update.metrics = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        names = {name: None for part in metrics for name in part}  # a part with nothing to train has only a few
+        update.metrics = {name: float(np.mean([m[name] for m in metrics if name in m])) for name in names}
         return state, update
 
     def _returns(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
@@ -103,11 +124,10 @@ class PolicyTrainer:
             for row, t in enumerate(trajectories):
                 if t.intrinsic_rewards is not None:
                     intrinsic[row, : len(t.chunks)] = t.intrinsic_rewards
-        returns = trajectory_returns(
+        returns = self._compute_returns(
             np.array([t.final_reward for t in trajectories], np.float32),
             np.array([len(t.chunks) for t in trajectories], np.int32),
             width,
-            self._objective,
             group_ids=np.array([names[t.group_id] for t in trajectories], np.int32),
             intrinsic=intrinsic,
         )

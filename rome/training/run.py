@@ -47,6 +47,9 @@ def train(config: ConfigDict) -> dict[str, Any]:
     directory, _ = open_run(config, MAY_CHANGE)
     finished = directory / "result.json"
     if finished.is_file():
+        report = directory / "report.html"
+        if not report.is_file() or report.stat().st_mtime_ns < finished.stat().st_mtime_ns:  # killed between the two
+            write_report(directory)
         return json.loads(finished.read_text(encoding="utf-8"))
     with MetricsWriter(directory, tensorboard=settings.tensorboard) as writer, Progress(settings.name) as progress:
         checkpointer = Checkpointer(directory / "checkpoints", settings.checkpoint.keep)
@@ -143,10 +146,11 @@ class Run:
         return init_state(params, make_optimizer(*self._optimizer_of(stage)))
 
     def _global_step(self, stage: str, step: int) -> int:
-        """Checkpoints are numbered over all stages; one is also kept for the boundary between two."""
+        """Checkpoints are numbered over all stages, with numbers of their own for what starts a stage: SFT, IPA, and
+        IPA after the warm start's evaluation."""
         s = self.settings
         before = {"cpt": 0, "sft": s.cpt.steps + 1, "ipa": s.cpt.steps + s.sft.steps + 2}
-        return before[stage] + step
+        return before[stage] + step + ("warm_start" in self.results)
 
     def _save(self, stage: str, step: int, state: TrainState, source: GroupSource | None = None) -> None:
         self.writer.sync()
@@ -217,6 +221,7 @@ class Run:
         trainer = PolicyTrainer(
             self.model, s.ipa, make_optimizer(*self._optimizer_of("ipa")), s.rl, s.engine.temperature
         )
+        trainer.warmup(state)
         with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
             source = GroupSource(s, runner, sampler)
             if source_state is not None:
