@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
     config.name = "rome_tiny"
     config.seed = 0
     config.vocab_size = 1024
+    config.digits_per_token = 2
     config.tensorboard = True
     config.induction = True
     config.model = ConfigDict(
@@ -45,10 +46,10 @@ def get_config() -> ConfigDict:
         }
     )
     config.environment = ConfigDict({"max_chunks": 10, "max_observation_chars": 200, "command_seconds": 5.0})
-    config.demonstrations = ConfigDict({"count": 1200, "flawed_fraction": 0.5, "workers": 8})
+    config.demonstrations = ConfigDict({"count": 1200, "flawed_fraction": 0.4, "workers": 8})
     config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
     config.cpt = _supervised(steps=40, rows=32, row_length=64)
-    config.sft = _supervised(steps=400, rows=12, row_length=192)
+    config.sft = _supervised(steps=550, rows=12, row_length=192)
     config.ipa = ConfigDict(
         {
             "return_level": "chunk",

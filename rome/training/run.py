@@ -122,7 +122,8 @@ class Run:
             s.demonstrations.workers,
             on_episode=lambda done: self.progress.update(done),
         )
-        self.tokenizer = train_tokenizer((text for e in episodes for text in e.texts()), s.vocab_size)
+        texts = (text for episode in episodes for text in episode.texts())
+        self.tokenizer = train_tokenizer(texts, s.vocab_size, digits=s.digits_per_token)
         self.tokenizer.save(folder)
         self.renderer = ChatRenderer(self.tokenizer)
         trajectories = tokenize_episodes(episodes, self.renderer)

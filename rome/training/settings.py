@@ -116,6 +116,7 @@ class RunSettings:
     name: str
     seed: int
     vocab_size: int
+    digits_per_token: int
     model: dict[str, Any]
     induction: bool
     tasks: TaskSettings
