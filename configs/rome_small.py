@@ -10,9 +10,7 @@ def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("rome_tiny.py")))["get_config"]()
     config.name = "rome_small"
     config.vocab_size = 1280
-    config.model.update(
-        hidden_size=192, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=32, intermediate_size=576
-    )
+    config.model.update(hidden_size=192, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=32, intermediate_size=576)
     config.tasks.families = (
         *config.tasks.families,
         "aggregate_numbers",

@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
             return status
         results.append((name, json.loads((directory / name / "result.json").read_text(encoding="utf-8"))))
     show(Console(), results)
+    plot(directory, [name for name, _ in results])
     return 0
 
 
@@ -67,6 +68,32 @@ def show(console: Console, results: list[tuple[str, dict]]) -> None:
     values = {s: np.array([result[s]["success"] for _, result in results]) for s in stages}
     table.add_row("mean ± s.d.", *(f"{values[s].mean():.3f} ± {values[s].std():.3f}" for s in stages))
     console.print(table)
+
+
+def plot(directory: Path, names: list[str]) -> None:
+    """`learning_curve.png`: success on fresh training tasks over IPA steps (running mean of 9), and the evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from rome.training.tracking import read_metrics
+
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for name in names:
+        records = read_metrics(directory / name / "metrics.jsonl")
+        success = [r["train/success"] for r in records if r["stage"] == "ipa"]
+        smooth = [np.mean(success[max(0, i - 8) : i + 1]) for i in range(len(success))]
+        (line,) = axes.plot(range(1, len(smooth) + 1), smooth, label=name)
+        points = [(r["step"], r["eval/success"]) for r in records if r["stage"] == "eval" and "eval/success" in r]
+        axes.plot(*zip(*points, strict=True), "o", color=line.get_color())
+    axes.set(
+        xlabel="IPA step", ylabel="success", ylim=(0, 1), title="lines: fresh training tasks; dots: held-out seeds"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(directory / "learning_curve.png", dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
