@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -24,11 +25,19 @@ def main(argv: list[str]) -> int:
 
         results = train(config)
     except ConfigError as error:
-        console.print(f"[bold red]config error:[/] {error}", soft_wrap=True)
+        console.print(f"[bold red]config error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues from the last checkpoint")
         return 130
+    except Exception as error:
+        from rome.training.failures import EXPECTED_FAILURES
+
+        if not isinstance(error, EXPECTED_FAILURES):
+            raise
+        message = escape(" ".join(str(error).split()))
+        console.print(f"[bold red]{type(error).__name__}:[/] {message}", soft_wrap=True)
+        return 2
     show(console, results)
     console.print(f"report: {config.workdir}/report.html")
     return 0

@@ -45,9 +45,10 @@ class PolicySettings:
     save_every: int = 25
 
     def __post_init__(self) -> None:
-        for name in ("steps", "groups", "group_size", "row_length", "max_chunks", "micro_rows", "updates_per_batch"):
-            if getattr(self, name) < (0 if name == "steps" else 1):
-                raise ValueError(f"rl.{name}: expected a positive number, found {getattr(self, name)}")
+        sizes = ("groups", "group_size", "row_length", "max_chunks", "micro_rows", "updates_per_batch", "save_every")
+        for name in ("steps", *sizes):
+            if getattr(self, name) < (least := 0 if name == "steps" else 1):
+                raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
 
 
 @dataclass

@@ -22,6 +22,13 @@ def request_for(spec: TaskSpec, group_id: str, size: int, run_seed: int) -> Grou
     return GroupRequest(task=task, group_id=group_id, size=size, seed=int.from_bytes(digest[:4], "big"))
 
 
+FRUITLESS_ROUNDS = 3  # rounds of requests of which not one group came back, after which a run gives up
+
+
+class RolloutsFailed(RuntimeError):
+    """Group after group had to be given up; says why the last one was."""
+
+
 class GroupSource:
     """Supplies the trainer with batches of groups, and knows what a checkpoint needs to supply the same ones again.
 
@@ -35,6 +42,7 @@ class GroupSource:
         self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups)
         self._pending: dict[str, TaskSpec] = {}
         self._retry: list[str] = []
+        self._lost_before: dict[str, float] = {}  # what `metrics` counted before this process
         self._background: BackgroundRollouts | None = None
 
     @property
@@ -49,9 +57,15 @@ class GroupSource:
             groups = self.buffer.get_batch(wanted, version, self._settings.rollout.batch_seconds)
         else:
             self.buffer.set_version(version)
+            fruitless = 0
             while (missing := wanted - len(self.buffer)) > 0:
-                for group in self._runner.run([self._next_request() for _ in range(missing)]):
+                complete = self._runner.run([self._next_request() for _ in range(missing)])
+                for group in complete:
                     self.buffer.put_group(group)
+                fruitless = 0 if complete else fruitless + 1
+                if fruitless == FRUITLESS_ROUNDS:
+                    *_, reason = self._runner.stats.dropped_groups.values()
+                    raise RolloutsFailed(f"not one group could be completed in {fruitless} rounds; the last: {reason}")
             groups = self.buffer.get_batch(wanted, version)
         for group in groups:
             spec = self._pending.pop(group[0].group_id)
@@ -66,32 +80,43 @@ class GroupSource:
 
     def metrics(self) -> dict[str, float]:
         """What was lost so far, by reason: stale samples, failed episodes, groups given up."""
-        counts, stats = self.buffer.stats, self._runner.stats
+        counts = self.buffer.stats  # they survive checkpoints by themselves
         return {
             "buffer/dropped_stale": float(counts.dropped_stale),
             "buffer/dropped_with_group": float(counts.dropped_with_group),
+            **self._lost(),
+        }
+
+    def _lost(self) -> dict[str, float]:
+        stats = self._runner.stats
+        lost = {
             "rollout/resampled": float(stats.resampled),
             "rollout/dropped_groups": float(len(stats.dropped_groups)),
             **{f"rollout/failures/{reason}": float(count) for reason, count in stats.failures.items()},
         }
+        before = self._lost_before
+        return {name: before.get(name, 0.0) + lost.get(name, 0.0) for name in {**before, **lost}}
 
     def stop(self) -> None:
         """Ends background rollouts, if any; what was in flight stays pending. `batch` starts them again."""
         if self._background is not None:
             background, self._background = self._background, None
             background.stop()
+            self.buffer.take_discarded()  # by now only this list of pending ones knows what is to be sampled again
             waiting = set(self.buffer.group_ids())
             self._retry = [name for name in self._pending if name not in waiting]
 
     def state_dict(self) -> tuple[dict[str, Any], bytes]:
         """(JSON cursor, buffer bytes). Call it while nothing rolls out."""
         pending = [[name, spec.family, spec.horizon, spec.seed] for name, spec in self._pending.items()]
-        return {"sampler": self.sampler.state_dict(), "pending": pending}, msgpack.packb(self.buffer.state_dict())
+        cursor = {"sampler": self.sampler.state_dict(), "pending": pending, "lost": self._lost()}
+        return cursor, msgpack.packb(self.buffer.state_dict())
 
     def load_state_dict(self, cursor: dict[str, Any], buffer: bytes) -> None:
         """The inverse of `state_dict`."""
         self.sampler.load_state_dict(cursor["sampler"])
         self._pending = {name: TaskSpec(family, horizon, seed) for name, family, horizon, seed in cursor["pending"]}
+        self._lost_before = {str(name): float(count) for name, count in cursor["lost"].items()}
         self.buffer.load_state_dict(msgpack.unpackb(buffer))
         waiting = set(self.buffer.group_ids())
         self._retry = [name for name in self._pending if name not in waiting]

@@ -240,7 +240,7 @@ class Run:
             if "final" not in self.results:
                 self.results["final"] = self._evaluate(runner, "final", s.rl.steps, s.evaluation.tasks)
                 if s.tasks.held_out:
-                    held_out = self._evaluate(runner, "held_out", s.rl.steps, s.evaluation.tasks // 3, True)
+                    held_out = self._evaluate(runner, "held_out", s.rl.steps, max(1, s.evaluation.tasks // 3), True)
                     self.results["held_out_families"] = held_out
 
     def _policy_step(

@@ -17,6 +17,12 @@ from rome.training.policy import PolicySettings
 from rome.training.state import OptimizerConfig
 
 
+def _at_least(section: object, **limits: float) -> None:
+    for name, limit in limits.items():
+        if not getattr(section, name) >= limit:
+            raise ValueError(f"{name}: expected at least {limit}, found {getattr(section, name)!r}")
+
+
 @dataclass(frozen=True)
 class TaskSettings:
     """Which tasks to train and evaluate on. `focus`, `floor`: see `TaskSampler`; `held_out`: families never trained."""
@@ -45,6 +51,9 @@ class EnvironmentSettings:
     max_observation_chars: int = 256
     command_seconds: float = 5.0
 
+    def __post_init__(self) -> None:
+        _at_least(self, max_chunks=1, max_observation_chars=16, command_seconds=0.1)
+
 
 @dataclass(frozen=True)
 class DemonstrationSettings:
@@ -53,6 +62,11 @@ class DemonstrationSettings:
     count: int
     flawed_fraction: float
     workers: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least(self, count=1, workers=1)
+        if not 0 <= self.flawed_fraction <= 1:
+            raise ValueError(f"flawed_fraction: expected a fraction in [0, 1], found {self.flawed_fraction!r}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,9 @@ class SupervisedSettings:
     optimizer: OptimizerConfig
     log_every: int = 10
 
+    def __post_init__(self) -> None:
+        _at_least(self, steps=0, rows=1, row_length=2, log_every=1)
+
 
 @dataclass(frozen=True)
 class CopySettings:
@@ -72,6 +89,12 @@ class CopySettings:
 
     context: tuple[int, ...] = (4, 20)
     segment: tuple[int, ...] = (2, 6)
+
+    def __post_init__(self) -> None:
+        for name in ("context", "segment"):
+            value = getattr(self, name)
+            if len(value) != 2 or not 1 <= value[0] <= value[1]:
+                raise ValueError(f"{name}: expected a shortest and a longest length (1 or more), found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,10 @@ class RolloutSettings:
     max_retries: int = 3
     batch_seconds: float = 600.0
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+    def __post_init__(self) -> None:
+        _at_least(self, batch_seconds=0)
+        self.runner()
 
     def runner(self) -> RolloutConfig:
         return RolloutConfig(env_threads=self.env_threads, max_retries=self.max_retries, deadlines=self.deadlines)
@@ -99,6 +126,9 @@ class EvaluationSettings:
     tasks_during: int = 30
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        _at_least(self, tasks=1, samples=1, every=0, tasks_during=1, temperature=0)
+
 
 @dataclass(frozen=True)
 class CheckpointSettings:
@@ -107,6 +137,9 @@ class CheckpointSettings:
     supervised_every: int = 100
     every: int = 10
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(self, supervised_every=1, every=1, keep=1)
 
 
 @dataclass(frozen=True)
@@ -132,6 +165,14 @@ class RunSettings:
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(self, seed=0)
+        if self.rl.max_chunks < self.environment.max_chunks:
+            raise ValueError(
+                f"rl.max_chunks: expected at least environment.max_chunks = {self.environment.max_chunks}, "
+                f"found {self.rl.max_chunks}"
+            )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model with the vocabulary that its tokenizer really has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,21 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.schedule: expected 'constant' or 'cosine', found {self.schedule!r}")
         if (self.adam_learning_rate is not None) != (self.name == "muon"):
             raise ValueError("optimizer.adam_learning_rate: expected a number for 'muon' and None for 'adamw'")
+        ranges = {
+            "learning_rate": (0.0, math.inf),
+            "adam_learning_rate": (0.0, math.inf),
+            "warmup_steps": (0, math.inf),
+            "beta1": (0.0, 1.0),
+            "beta2": (0.0, 1.0),
+            "epsilon": (0.0, math.inf),
+            "weight_decay": (0.0, math.inf),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < high:
+                raise ValueError(f"optimizer.{name}: expected a number in [{low:g}, {high:g}), found {value!r}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"optimizer.max_grad_norm: expected a number above 0, found {self.max_grad_norm!r}")
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

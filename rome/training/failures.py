@@ -1,0 +1,29 @@
+"""What can end a run that is nobody's bug: told in one line instead of a traceback."""
+
+from rock_env import RockError
+from rome.envs import EnvFailure, TaskFormatError
+from rome.models import TokenizerError
+from rome.rollout import EngineError, SampleBufferError
+from rome.training.checkpoint import CheckpointError
+from rome.training.config import ConfigError
+from rome.training.packing import PackingError
+from rome.training.rl import RolloutsFailed
+from rome.training.tracking import MetricsError
+from rome.trajectory import TrajectoryError
+
+EXPECTED_FAILURES: tuple[type[Exception], ...] = (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    EnvFailure,
+    MetricsError,
+    OSError,  # a full disk, a missing permission
+    PackingError,
+    RockError,  # no bwrap, limits that this machine can't enforce
+    RolloutsFailed,
+    SampleBufferError,
+    TaskFormatError,
+    TokenizerError,
+    TrajectoryError,
+)
+"""Typed errors whose message says what is wrong and what to do about it."""
