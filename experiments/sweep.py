@@ -88,7 +88,7 @@ def plot(directory: Path, names: list[str]) -> None:
         points = [(r["step"], r["eval/success"]) for r in records if r["stage"] == "eval" and "eval/success" in r]
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color())
     axes.set(
-        xlabel="IPA step", ylabel="success", ylim=(0, 1), title="lines: fresh training tasks; dots: held-out seeds"
+        xlabel="IPA step", ylabel="success", ylim=(0, 1), title="line: fresh training tasks, dot: held-out seeds"
     )
     axes.grid(alpha=0.3)
     axes.legend()
