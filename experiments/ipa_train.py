@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         console.print(f"[bold red]{type(error).__name__}:[/] {message}", soft_wrap=True)
         return 2
     show(console, results)
-    console.print(f"report: {config.workdir}/report.html")
+    console.print(f"report: {config.workdir}/report.html", soft_wrap=True)
     return 0
 
 

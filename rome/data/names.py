@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+_ATTEMPTS = 64  # to draw a number that no other number has become
 _PIECE = re.compile(r"[a-z]+|[0-9]{3,}")
 
 
 def relabelling(rng: np.random.Generator, names: Sequence[str]) -> Callable[[str], str]:
     """A text → text function that permutes `names` and redraws numbers of three digits or more, consistently.
 
+    Different numbers stay different (as long as there are enough of their length).
     Three-digit numbers stay valid file modes with read permission for the owner; longer ones keep their length and no
     leading zero. Everything else stays as it is.
     """
@@ -26,9 +28,12 @@ def relabelling(rng: np.random.Generator, names: Sequence[str]) -> Callable[[str
 
     def number(text: str) -> str:
         if text not in numbers:
-            low, high, first = ([0, 8, 4]) if len(text) == 3 else ([0, 10, 1])
-            digits = [rng.integers(first, high), *rng.integers(low, high, len(text) - 1)]
-            numbers[text] = "".join(str(digit) for digit in digits)
+            high, first = (8, 4) if len(text) == 3 else (10, 1)
+            for _ in range(_ATTEMPTS):
+                digits = [rng.integers(first, high), *rng.integers(0, high, len(text) - 1)]
+                numbers[text] = "".join(str(digit) for digit in digits)
+                if list(numbers.values()).count(numbers[text]) == 1:
+                    break
         return numbers[text]
 
     def piece(match: re.Match[str]) -> str:

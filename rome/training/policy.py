@@ -231,6 +231,6 @@ class PolicyTrainer:
                 "returns": [float(x) for x in g[: len(t.chunks)]],
                 "ratio": [float(x) for x in np.exp(np.clip(d, -20, 20))],
                 "mismatch": [float(x) for x in mismatch],
-                "kept": [bool(lower <= x <= upper) for x in mismatch],
+                "kept": [self._objective.mask_level == "none" or bool(lower <= x <= upper) for x in mismatch],
                 "positive": t.succeeded,
             }
