@@ -70,8 +70,8 @@ def get_config() -> ConfigDict:
     )
     config.rl = ConfigDict(
         {
-            "steps": 120,
-            "groups": 16,
+            "steps": 130,
+            "groups": 24,
             "group_size": 4,
             "row_length": 256,
             "max_chunks": 32,
@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
             "updates_per_batch": 1,
             "skip_inert": True,
             "save_every": 25,
-            "optimizer": _optimizer("adamw", 3e-4, None, "constant", 5),
+            "optimizer": _optimizer("adamw", 2e-3, None, "cosine", 5),
         }
     )
     config.engine = ConfigDict(
