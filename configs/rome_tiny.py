@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.demonstrations = ConfigDict({"count": 1200, "flawed_fraction": 0.4, "workers": 8})
     config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
     config.cpt = _supervised(steps=40, rows=32, row_length=64)
-    config.sft = _supervised(steps=550, rows=12, row_length=192)
+    config.sft = _supervised(steps=900, rows=12, row_length=192)
     config.ipa = ConfigDict(
         {
             "return_level": "chunk",
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     )
     config.rl = ConfigDict(
         {
-            "steps": 130,
+            "steps": 110,
             "groups": 24,
             "group_size": 4,
             "row_length": 256,
@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
             "updates_per_batch": 1,
             "skip_inert": True,
             "save_every": 25,
-            "optimizer": _optimizer("adamw", 2e-3, None, "cosine", 5),
+            "optimizer": _optimizer("adamw", 1.5e-3, None, "cosine", 5),
         }
     )
     config.engine = ConfigDict(
