@@ -261,7 +261,8 @@ class Footprint:
 
 
 def checkpoints(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    """The complete ones; the next start removes what an interrupted save left."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def has_record(run, stage, number):
@@ -374,9 +375,9 @@ def test_mixture_of_experts_held_out_families_and_evaluations_on_the_way(environ
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def refused(workdir, environment, *arguments, **limits):
+def refused(workdir, environment, *arguments):
     """What a run that can't go on says: exit code 2, and no traceback."""
-    code, output = Run(workdir, environment, *arguments, **limits).wait()
+    code, output = Run(workdir, environment, *arguments).wait()
     assert code == 2, output
     assert "Traceback" not in output
     return output
@@ -448,9 +449,15 @@ def test_a_full_disk_is_one_clear_line_and_what_was_there_stays(unfinished, envi
     for number in checkpoints(unfinished)[1:]:
         shutil.rmtree(unfinished / "checkpoints" / str(number))
     left = checkpoints(unfinished)
-    limit = 40_000
+    limit = 100_000
     assert max(p.stat().st_size for p in (unfinished / "checkpoints").rglob("*")) > limit
-    output = refused(unfinished, environment, "--config.tensorboard=true", file_bytes=limit)
-    assert "CheckpointError" in output
+    code, output = Run(unfinished, environment, "--config.tensorboard=true", file_bytes=limit).wait()
+    assert code == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("CheckpointError: ")]
+    assert "could not be written" in line
+    # TensorStore's own threads print that Orbax closed their event loop; none of it is ours
+    assert "ipa_train.py" not in output.replace(line, "")
+    assert "rome/training" not in output.replace(line, "")
     assert checkpoints(unfinished) == left
     finished(unfinished, environment, "--config.tensorboard=true")
+    assert all(path.name.isdigit() for path in (unfinished / "checkpoints").iterdir())
