@@ -1,11 +1,12 @@
-"""A structured start: small transformers that can copy from the first step.
+"""A structured start: small transformers that learn to copy in hundreds of updates instead of thousands.
 
 An agent copies (names, codes, paths) more than it invents, and what a small transformer learns last is the induction
 circuit that does it: a head that looks one token back, and a later head that looks for its own token in what those
-heads wrote. Trained from a random start it takes thousands of updates to appear. Here it is there at the start, in
-one key/value group of each layer; everything stays trainable, and the architecture is untouched. (The idea of starting
-attention near a known solution: Trockman & Kolter, "Mimetic Initialization of Self-Attention Layers", 2023; the
-circuit: Olsson et al., "In-context Learning and Induction Heads", 2022.)
+heads wrote. Here the first head is there from the start, and the second is tilted towards its place, in one key/value
+group of each layer; everything stays trainable, and the architecture is untouched. It cannot copy yet (random text is
+still continued at chance), but it gets there sooner. (Starting attention near a known solution: Trockman & Kolter,
+"Mimetic Initialization of Self-Attention Layers", 2023; the circuit: Olsson et al., "In-context Learning and Induction
+Heads", 2022.)
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ COPY = 0.3  # how much of the identity a head of a later layer writes
 
 
 def init_induction(params: Params, config: ModelConfig, key: jax.Array) -> Params:
-    """`params` (of `init_params`) with an induction circuit in the first key/value group of every layer.
+    """`params` (of `init_params`) with the beginnings of an induction circuit in each layer's first key/value group.
 
     * All embeddings share a small direction. It adds a constant to tied logits, which softmax ignores, and gives
       queries and keys a constant part to work with (the model has no biases).
     * Layer 0: the constant parts of query and key differ by one rotary position, so attention peaks one token back.
-    * Later layers: queries look for what layer 0 wrote about a token's predecessor; values are written back as
-      themselves, so the token found is the token predicted.
+    * Later layers: queries lean towards what layer 0 wrote about a token's predecessor, and values towards being
+      written back as themselves, so that the token found is the token predicted.
     """
     group = config.num_heads // config.num_kv_heads
     layers = dict(params["layers"])
