@@ -87,9 +87,7 @@ def plot(directory: Path, names: list[str]) -> None:
         (line,) = axes.plot(range(1, len(smooth) + 1), smooth, label=name)
         points = [(r["step"], r["eval/success"]) for r in records if r["stage"] == "eval" and "eval/success" in r]
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color())
-    axes.set(
-        xlabel="IPA step", ylabel="success", ylim=(0, 1), title="line: fresh training tasks, dot: held-out seeds"
-    )
+    axes.set(xlabel="IPA step", ylabel="success", ylim=(0, 1), title="line: fresh training tasks, dot: held-out seeds")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(directory / "learning_curve.png", dpi=120)
