@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep large freed blocks instead of handing them back to the kernel; elsewhere does nothing.
 
     On CPU, XLA allocates and frees a step's temporaries (hundreds of MB) every step. By default glibc maps them anew
-    each time, and the page faults cost more than a third of a small model's step.
+    each time, and the page faults cost up to a quarter of a small model's step.
     """
     if not sys.platform.startswith("linux"):
         return
