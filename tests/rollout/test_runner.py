@@ -185,8 +185,9 @@ def test_a_lost_sample_is_counted_and_sampled_again_never_scored(stage, error, r
         assert t.status.is_reliable
         first = clean[t.id.split("+")[0]]
         assert t.prompt.tokens.tolist() == first.prompt.tokens.tolist()  # the same initial state
-        if t in again:
-            assert t.chunks[0].tokens.tolist() != first.chunks[0].tokens.tolist()  # under a key of its own
+    said = [[chunk.tokens.tolist() for chunk in t.chunks] for t in again]
+    before = [[chunk.tokens.tolist() for chunk in clean[t.id.split("+")[0]].chunks] for t in again]
+    assert said != before  # under keys of their own (one short chunk may well be the same)
 
 
 def test_a_group_that_keeps_failing_is_dropped_by_name_and_the_others_live():
