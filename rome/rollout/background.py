@@ -119,14 +119,13 @@ class BackgroundRollouts:
     def _tick(self) -> bool:
         """One round over the cohorts; False when there is nothing left to do, ever."""
         runner, config = self._runner, self._runner.config
+        self._deliver()  # before admitting: a group finished by the last turn is neither in flight nor in the buffer
         self._admit()
         cohorts = range(runner.engine.config.cohorts)
         for cohort in cohorts:
             runner.fill(cohort)
             runner.settle(cohort, enough=0)
-        for group in runner.take_finished():
-            self._delivered[group.request.group_id] = group
-            self._buffer.put_group(group.samples)
+        self._deliver()
         if any(runner.ready(cohort) for cohort in cohorts):
             for cohort in cohorts:
                 if runner.ready(cohort):
@@ -139,6 +138,12 @@ class BackgroundRollouts:
         else:
             time.sleep(0.005)  # the buffer is full: the trainer's turn
         return True
+
+    def _deliver(self) -> None:
+        """Hands the finished groups to the buffer, which has room: `_admit` saw to that."""
+        for group in self._runner.take_finished():
+            self._delivered[group.request.group_id] = group
+            self._buffer.put_group(group.samples)
 
     def _admit(self) -> None:
         """Starts groups while the buffer will have room for them: discarded ones again first, then new ones."""
