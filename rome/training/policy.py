@@ -148,9 +148,7 @@ class PolicyTrainer:
         s = self._settings
         rows = pack_trajectories(trajectories, s.row_length, s.max_chunks, s.micro_rows)
         old_logp = np.zeros_like(rows.behavior_logp)
-        for t, p in zip(trajectories, rows.places, strict=True):
-            if t.id in old:
-                old_logp[p.row, p.start : p.start + p.length] = old[t.id]
+        _place(old, trajectories, rows, old_logp)
         whole = PolicyBatch(
             tokens=rows.tokens,
             positions=rows.positions,
@@ -219,9 +217,7 @@ class PolicyTrainer:
     ) -> None:
         """Per-chunk returns, ratios (Eq 8), mismatch and mask of each trajectory, for people to look at."""
         old_logp = logp.copy()
-        for t, p in zip(trajectories, rows.places, strict=True):
-            if t.id in old:
-                old_logp[p.row, p.start : p.start + p.length] = old[t.id]
+        _place(old, trajectories, rows, old_logp)
         drift = rows.per_chunk_mean(logp - old_logp)
         gap = rows.per_chunk_mean(old_logp - rows.behavior_logp)
         upper, lower = self._objective.mismatch_upper, self._objective.mismatch_lower or 0.0
@@ -234,3 +230,12 @@ class PolicyTrainer:
                 "kept": [self._objective.mask_level == "none" or bool(lower <= x <= upper) for x in mismatch],
                 "positive": t.succeeded,
             }
+
+
+def _place(
+    values: dict[str, np.ndarray], trajectories: Sequence[Trajectory], rows: PackedRows, into: np.ndarray
+) -> None:
+    """Writes `values` (float32[length] by trajectory id) where their trajectories lie in `into` [R, T]."""
+    for t, p in zip(trajectories, rows.places, strict=True):
+        if t.id in values:
+            into[p.row, p.start : p.start + p.length] = values[t.id]

@@ -33,8 +33,8 @@ class GroupSource:
     """Supplies the trainer with batches of groups, and knows what a checkpoint needs to supply the same ones again.
 
     At asynchronous ratio 0, `batch` rolls out and returns: deterministic. Above 0, a thread rolls out while the trainer
-    trains; `pause` and `state_dict` bring it to a standstill for a checkpoint. Groups are numbered by the sampler's
-    cursor; a group given out to be sampled and not yet trained on is in `pending`, and is sampled again on resume.
+    trains; `stop` brings it to a standstill before `state_dict` makes a checkpoint. Groups are numbered by the
+    sampler's cursor; one given out to be sampled and not yet trained on is pending, and is sampled again on resume.
     """
 
     def __init__(self, settings: RunSettings, runner: RolloutRunner, sampler: TaskSampler) -> None:
@@ -103,8 +103,7 @@ class GroupSource:
             background, self._background = self._background, None
             background.stop()
             self.buffer.take_discarded()  # by now only this list of pending ones knows what is to be sampled again
-            waiting = set(self.buffer.group_ids())
-            self._retry = [name for name in self._pending if name not in waiting]
+            self._retry = self._unbuffered()
 
     def state_dict(self) -> tuple[dict[str, Any], bytes]:
         """(JSON cursor, buffer bytes). Call it while nothing rolls out."""
@@ -118,8 +117,12 @@ class GroupSource:
         self._pending = {name: TaskSpec(family, horizon, seed) for name, family, horizon, seed in cursor["pending"]}
         self._lost_before = {str(name): float(count) for name, count in cursor["lost"].items()}
         self.buffer.load_state_dict(msgpack.unpackb(buffer))
+        self._retry = self._unbuffered()
+
+    def _unbuffered(self) -> list[str]:
+        """Pending groups that the buffer does not hold, in the order in which they were drawn."""
         waiting = set(self.buffer.group_ids())
-        self._retry = [name for name in self._pending if name not in waiting]
+        return [name for name in self._pending if name not in waiting]
 
     def _next_request(self) -> GroupRequest:
         if self._retry:

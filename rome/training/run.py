@@ -36,7 +36,7 @@ from rome.training.tracking import MetricsWriter, Progress
 from rome.trajectory import Trajectory, load_trajectories, save_trajectories
 
 STAGES = ("cpt", "sft", "ipa")
-# A longer schedule or another rhythm of checkpoints does not make it another run.
+# What may change when a run continues: it has no part in what is computed.
 MAY_CHANGE = ("checkpoint.keep", "rollout.env_threads", "demonstrations.workers")
 
 
