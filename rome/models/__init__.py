@@ -4,6 +4,7 @@ from rome.models.cache import KVCache, extend, init_cache
 from rome.models.chat import ChatRenderer, Message, ParsedChunk, RenderError
 from rome.models.config import ConfigError, ModelConfig
 from rome.models.induction import init_induction
+from rome.models.logprobs import TokenScores, score_tokens
 from rome.models.params import ParamSpec, count_params, init_params, param_specs
 from rome.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError, train_tokenizer
 from rome.models.transformer import forward, hidden_states, token_log_probs, unstack_layers
@@ -18,6 +19,7 @@ __all__ = [
     "ParamSpec",
     "ParsedChunk",
     "RenderError",
+    "TokenScores",
     "Tokenizer",
     "TokenizerError",
     "count_params",
@@ -28,6 +30,7 @@ __all__ = [
     "init_induction",
     "init_params",
     "param_specs",
+    "score_tokens",
     "token_log_probs",
     "train_tokenizer",
     "unstack_layers",

@@ -7,7 +7,6 @@ heads a key/value head, h head_dim, V vocabulary, N tokens of all rows in one ax
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from rome.models.attention import packed_attention
 from rome.models.config import ModelConfig
+from rome.models.logprobs import score_tokens
 from rome.models.moe import Experts, moe_mlp
 from rome.models.params import Params
 
@@ -182,41 +182,14 @@ def token_log_probs(
     padding. At most ``config.head_chunk`` tokens' logits exist at a time, in the backward pass too.
     """
     hidden = hidden_states(params, config, tokens, positions, segment_ids)
-    batch, time, width = hidden.shape
     # hidden t predicts token t + 1; the last one of a row predicts nothing
     targets = jnp.roll(tokens, -1, axis=1)
-    logp, entropy = _chunked_head(params, config, hidden.reshape(-1, width), targets.reshape(-1), temperature)
+    tied = config.tie_embeddings
+    weights = params["embedding" if tied else "lm_head"]
+    scores = score_tokens(hidden, weights, targets, temperature, tied=tied, chunk=config.head_chunk)
     follows = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
 
     def align(values: jax.Array) -> jax.Array:
-        return jnp.pad(jnp.where(follows, values.reshape(batch, time)[:, :-1], 0.0), ((0, 0), (1, 0)))
+        return jnp.pad(jnp.where(follows, values[:, :-1], 0.0), ((0, 0), (1, 0)))
 
-    return align(logp), align(entropy)
-
-
-def _chunked_head(
-    params: Params, config: ModelConfig, hidden_NxD: jax.Array, targets_N: jax.Array, temperature: float | jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    head = {name: params[name] for name in ("embedding", "lm_head") if name in params}
-    step = partial(_head, head, config, temperature)
-    count = hidden_NxD.shape[0]
-    if count <= config.head_chunk:
-        return step((hidden_NxD, targets_N))
-    chunks = -(-count // config.head_chunk)
-    padding = chunks * config.head_chunk - count
-    hidden = jnp.pad(hidden_NxD, ((0, padding), (0, 0))).reshape(chunks, config.head_chunk, -1)
-    targets = jnp.pad(targets_N, (0, padding)).reshape(chunks, config.head_chunk)
-    logp, entropy = jax.lax.map(jax.checkpoint(step), (hidden, targets))
-    return logp.reshape(-1)[:count], entropy.reshape(-1)[:count]
-
-
-def _head(
-    head: Params, config: ModelConfig, temperature: float | jax.Array, inputs: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    hidden_NxD, targets_N = inputs
-    logits = unembed(head, config, hidden_NxD) / temperature
-    log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # compare and sum: the gradient of a gather would be a scatter, slow on CPU
-    is_target = jnp.arange(logits.shape[-1]) == targets_N[:, None]
-    logp = jnp.where(is_target, log_probs, 0.0).sum(-1)
-    return logp, -(jnp.exp(log_probs) * log_probs).sum(-1)
+    return align(scores.logp), align(scores.entropy)
