@@ -28,7 +28,7 @@ class PolicySettings:
       row_length, max_chunks, micro_rows: static shape of a micro-batch.
       updates_per_batch: 1 is on-policy (π_old = π_θ); more split the batch and use the importance ratio.
       skip_inert: leave out of the forward pass what has return 0 everywhere: its gradient is exactly 0, and the
-        normaliser still counts it. Its ratios don't show in the metrics.
+        normaliser still counts it. Its ratios don't show in the metrics, in steps that are kept for the viewer either.
       save_every: steps between batches kept for the report's viewer.
       optimizer: of this stage.
     """
@@ -95,7 +95,7 @@ class PolicyTrainer:
         gradients = self._step.zeros(state.params)
         gradients, (_, metrics, _) = self._step.accumulate(state.params, gradients, batch, totals)
         self._merge(metrics, metrics)
-        if s.updates_per_batch > 1:
+        if s.updates_per_batch > 1 or s.skip_inert:
             self._step.log_probs(state.params, batch)
         self._step.apply.lower(state, gradients).compile()  # not called: it would need the memory of a second state
 
@@ -183,27 +183,27 @@ class PolicyTrainer:
         moving = [i for i in indices if np.any(returns[i])]
         if not moving:  # the gradient would be 0, and no optimizer's momentum should move on that
             return state, {"train/nothing_to_train": 1.0, "train/grad_norm": 0.0, "train/loss": 0.0}
-        live = moving if self._settings.skip_inert and not annotate else list(indices)
-        rows, batches = self._batches([trajectories[i] for i in live], returns[live], old)
+        live = moving if self._settings.skip_inert else list(indices)
         inert = sorted(set(indices) - set(live))
-        counted = list(batches)
-        if inert:
-            counted += self._batches([trajectories[i] for i in inert], returns[inert], old)[1]
+        rows, batches = self._batches([trajectories[i] for i in live], returns[live], old)
+        inert_rows, inert_batches = self._batches([trajectories[i] for i in inert], returns[inert], old)
         totals = Totals(np.float32(0), np.float32(0))
-        for batch in counted:
+        for batch in (*batches, *inert_batches):
             totals = self._add(totals, self._totals(batch))
         gradients, merged, logps = self._step.zeros(state.params), None, []
         for batch in batches:
             gradients, (_, metrics, logp) = self._step.accumulate(state.params, gradients, batch, totals)
             merged = metrics if merged is None else self._merge(merged, metrics)
             logps.append(logp)
+        if annotate:
+            self._annotate(update, [trajectories[i] for i in live], returns[live], rows, logps, old)
+            if inert:  # for the viewer alone: the metrics are those of any other step
+                logps = [self._step.log_probs(state.params, batch) for batch in inert_batches]
+                self._annotate(update, [trajectories[i] for i in inert], returns[inert], inert_rows, logps, old)
         state, norm = self._step.apply(state, gradients)
         numbers = {name: float(value) for name, value in jax.device_get(merged).items()}
         entropy = numbers.pop("entropy_sum") / max(numbers["train/tokens"], 1.0)
         numbers |= {"train/grad_norm": float(norm), "train/entropy": entropy, "train/row_fill": rows.fill}
-        if annotate:
-            logp = np.concatenate([np.asarray(part) for part in logps])
-            self._annotate(update, [trajectories[i] for i in live], returns[live], rows, logp, old)
         return state, numbers
 
     def _annotate(
@@ -212,10 +212,14 @@ class PolicyTrainer:
         trajectories: Sequence[Trajectory],
         returns: np.ndarray,
         rows: PackedRows,
-        logp: np.ndarray,
+        logps: Sequence[jax.Array],
         old: dict[str, np.ndarray],
     ) -> None:
-        """Per-chunk returns, ratios (Eq 8), mismatch and mask of each trajectory, for people to look at."""
+        """Per-chunk returns, ratios (Eq 8), mismatch and mask of each trajectory, for people to look at.
+
+        `logps`: log π_θ of the rows, a micro-batch each.
+        """
+        logp = np.concatenate([np.asarray(part) for part in logps])
         old_logp = logp.copy()
         _place(old, trajectories, rows, old_logp)
         drift = rows.per_chunk_mean(logp - old_logp)

@@ -67,6 +67,30 @@ def test_leaving_out_what_is_inert_changes_no_parameter():
     assert whole["train/trajectories"] == 8
 
 
+def test_showing_a_batch_changes_neither_the_metrics_nor_the_update():
+    """The viewer sees the failures that are left out; the curves of that step are about the same samples as others."""
+    given = trajectories(1)
+    found = {}
+    for annotate in (False, True):
+        runner, state = trainer(DENSE, ObjectiveConfig(**WIDE), settings())
+        runner.warmup(state)
+        with count_compilations() as compiled:
+            found[annotate] = runner.update(state, given, 0, annotate=annotate)
+        assert compiled.count == 0
+    (quiet, plain), (shown, annotated) = found[False], found[True]
+    assert distance(quiet.params, shown.params) == 0
+    assert plain.metrics == annotated.metrics
+    assert plain.annotations == {}
+    failed = [t for t in given if not t.succeeded]
+    assert failed and len(annotated.annotations) == len(given)
+    for t, logp in zip(given, _logps(DENSE, given), strict=True):
+        if not t.succeeded:
+            ids = np.concatenate([np.full(len(part), k) for k, part in t.segments()])
+            gaps = [np.mean(logp[ids == k] - chunk.behavior_logp) for k, chunk in enumerate(t.chunks)]
+            assert annotated.annotations[t.id]["ratio"] == [1.0] * len(t.chunks)
+            assert annotated.annotations[t.id]["mismatch"] == pytest.approx(np.exp(gaps), rel=1e-4)
+
+
 @pytest.mark.parametrize("updates", [1, 2])
 def test_one_update_is_on_policy_and_a_second_is_not(updates):
     given = trajectories(2)
@@ -200,7 +224,7 @@ def test_nothing_compiles_after_the_warm_up():
     runner.warmup(state)
     assert distance(state, before) == 0
     with count_compilations() as compiled:
-        for seed, rewards in enumerate([(0.0,), (1.0, *[0.0] * 7), (1.0,), (1.0, 0.0)]):
+        for seed, rewards in enumerate([(0.0,), (1.0, *[0.0] * 7), (1.0, 0.0), (1.0,)]):
             state, update = runner.update(state, trajectories(seed, rewards=rewards), seed, annotate=seed == 2)
     assert update.metrics["train/grad_norm"] > 0
     assert compiled.count == 0
