@@ -1,5 +1,6 @@
 """rock_env: secure sandboxes for agents. `Sandbox.start(SandboxSpec(...))`, then commands, files, snapshots, forks."""
 
+from rock_env.audit import AuditVerdict, read_audit_log, verify_audit_log
 from rock_env.backend import CAPABILITIES, Backend, get_backend, register_backend
 from rock_env.bubblewrap import BubblewrapBackend
 from rock_env.errors import (
@@ -26,6 +27,7 @@ def doctor(backend: str = "bubblewrap") -> dict[str, dict]:
 
 __all__ = [
     "CAPABILITIES",
+    "AuditVerdict",
     "Backend",
     "BackendUnavailable",
     "CommandResult",
@@ -47,5 +49,7 @@ __all__ = [
     "SpecError",
     "doctor",
     "get_backend",
+    "read_audit_log",
     "register_backend",
+    "verify_audit_log",
 ]

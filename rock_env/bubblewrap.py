@@ -166,6 +166,11 @@ class BubblewrapBackend:
         except SandboxDead:
             return
 
+    @property
+    def audit_log(self) -> str:
+        """The path of the live supervisor's audit log."""
+        return self.supervisor().report["audit"]["how"]
+
     def doctor(self) -> dict[str, dict]:
         try:
             bwrap = find_bwrap()

@@ -24,7 +24,7 @@ _BOOT = (
     "import sys, types\n"
     "package = types.ModuleType('rock_env'); package.__path__ = [sys.argv[1]]; sys.modules['rock_env'] = package\n"
     "from rock_env.supervisor.main import main\n"
-    "main(int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]) or None, int(sys.argv[6]))\n"
+    "main(int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]) or None, sys.argv[6], int(sys.argv[7]))\n"
 )
 
 
@@ -62,6 +62,20 @@ def _traversable(path: str) -> bool:
         path = os.path.dirname(path)
 
 
+def audit_directory() -> str:
+    """Where new logs go: $ROCK_AUDIT_DIR, else rock/audit in $XDG_STATE_HOME (~/.local/state), else in /tmp."""
+    chosen = os.environ.get("ROCK_AUDIT_DIR")
+    if chosen:
+        return os.path.abspath(chosen)
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    existing = state
+    while not os.path.exists(existing) and existing not in ("", "/"):
+        existing = os.path.dirname(existing)
+    if not os.path.isabs(state) or not os.access(existing, os.W_OK):
+        return os.path.join(tempfile.gettempdir(), f"rock-audit-{os.getuid()}")
+    return os.path.join(state, "rock", "audit")
+
+
 def store_bytes() -> int:
     """$ROCK_STORE_BYTES: a bound on the memory that snapshots may take; 0 (default) is half of the machine's."""
     text = os.environ.get("ROCK_STORE_BYTES", "0")
@@ -81,7 +95,8 @@ class Supervisor:
         directory = state_directory()
         self._control, theirs = socket.socketpair()
         package = os.path.dirname(os.path.abspath(__file__))
-        arguments = [package, str(theirs.fileno()), bwrap, directory, str(store_bytes()), str(self.pid)]
+        arguments = [package, str(theirs.fileno()), bwrap, directory, str(store_bytes()), audit_directory()]
+        arguments.append(str(self.pid))
         keep = ("LD_LIBRARY_PATH",)  # some interpreters need it to start
         env = {"PATH": os.defpath, "LANG": "C.UTF-8", **{k: os.environ[k] for k in keep if k in os.environ}}
         try:

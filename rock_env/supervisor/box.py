@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from rock_env.supervisor import cgroups, files, linux, process
 from rock_env.supervisor.cgroups import Group
 from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.journal import AuditLog, Notes
 from rock_env.supervisor.loop import Event, Loop
 from rock_env.supervisor.session import Session
 from rock_env.supervisor.store import AGENT_ID
+from rock_env.supervisor.watch import Watcher
 
 if TYPE_CHECKING:
     from rock_env.supervisor.machine import Machine
@@ -40,7 +42,9 @@ _ENVIRONMENT = {
 
 
 class Box:
-    def __init__(self, name: str, spec: dict, machine: Machine, loop: Loop, lower: list[str], uid: int) -> None:
+    def __init__(
+        self, name: str, spec: dict, machine: Machine, loop: Loop, lower: list[str], uid: int, log: AuditLog
+    ) -> None:
         self.name = name
         self.spec = spec
         self.limits = spec["limits"]
@@ -53,8 +57,13 @@ class Box:
         self.death = ""
         self.died = Event(loop)
         self.on_death: Callable[[Box], None] = lambda box: None
+        self.notes = Notes(log, loop, name)
+        self.watcher = Watcher(loop, self.notes)
+        self._log = log
         self._machine = machine
         self._group: Group | None = None
+        self._hits: dict[str, int] = {}
+        self._confinement: process.Confinement | None = None
         self._fds: dict[str, int] = {}
         self._monitor = 0
         self._init = 0
@@ -80,6 +89,7 @@ class Box:
                 os.close(setup_fd)
             await self._launch()
             self._fds["root"] = os.open(f"/proc/{self._init}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._confinement = self._confine()
         except BaseException as error:
             await self.stop("start failed")
             if isinstance(error, OSError):
@@ -91,6 +101,14 @@ class Box:
             when = time.monotonic() + limits["lifetime_seconds"]
             message = f"lifetime_seconds={limits['lifetime_seconds']} is over"
             self._lifetime = self.loop.call_at(when, lambda: self.loop.spawn(self.stop(message)))
+
+    def _confine(self) -> process.Confinement:
+        machine = self._machine
+        landlock_fd = machine.landlock_fd(self._fds["root"])
+        if landlock_fd is not None:
+            self._fds["landlock"] = landlock_fd
+        directories = self._group.directories if self._group else []
+        return process.Confinement(directories, machine.seccomp, landlock_fd, machine.handover, self.name)
 
     def _populate(self, root_fd: int, upper_fd: int, entries: list[dict], blob: bytes) -> None:
         for directory in ("proc", "dev", "tmp"):
@@ -222,18 +240,14 @@ class Box:
     # -- processes
     def spawn_inside(self, argv: list[str], env: dict[str, str], cwd: str, descriptors: dict[int, int]) -> int:
         """Fork a child that is born in the sandbox's pid namespace and execs `argv` there. Returns its pid."""
-        machine = self._machine
-        directories = self._group.directories if self._group else []
         try:
             linux.setns(self._fds["init"], linux.CLONE_NEWPID)
             try:
                 pid = os.fork()
                 if pid == 0:
-                    process.enter_and_exec(
-                        self._fds["init"], directories, machine.seccomp, cwd, argv, env, descriptors, AGENT_ID
-                    )
+                    process.enter_and_exec(self._fds["init"], self._confinement, cwd, argv, env, descriptors, AGENT_ID)
             finally:
-                linux.setns(machine.pid_namespace_fd, linux.CLONE_NEWPID)
+                linux.setns(self._machine.pid_namespace_fd, linux.CLONE_NEWPID)
         except OSError as error:
             if self._has_exited():
                 self._die("its first process has ended")
@@ -275,13 +289,22 @@ class Box:
         code, number = process.exit_of(status[0]) if status else (137, signal.SIGKILL)
         if number == signal.SIGKILL and in_time:
             await self.settle()
+        number = number or process.signal_of(code)
+        return self.result(code, number if in_time else None, not in_time, output, oom_before, started)
+
+    def result(
+        self, code: int, number: int | None, timed_out: bool, output: process.Output, oom_before: int, started: float
+    ) -> dict:
+        """What the client is told of a command that has ended; limits that it met are recorded."""
         self.require_alive()
+        truncated = output.dropped > 0
+        self._note_limits(timed_out, truncated)
         return {
-            "exit_code": code if in_time else 124,
-            "signal": (number or process.signal_of(code)) if in_time else None,
-            "timed_out": not in_time,
+            "exit_code": 124 if timed_out else code,
+            "signal": number,
+            "timed_out": timed_out,
             "output": output.text(),
-            "truncated": output.dropped > 0,
+            "truncated": truncated,
             "oom_killed": self.oom_kills() > oom_before,
             "seconds": time.monotonic() - started,
         }
@@ -326,6 +349,19 @@ class Box:
                 self._group.freeze(False)
 
     # -- accounting
+    def _note_limits(self, timed_out: bool, truncated: bool) -> None:
+        """Record the limits met since the last call. A disk counts when it is full now."""
+        hits = {name for name, met in (("command_seconds", timed_out), ("output_bytes", truncated)) if met}
+        if self._group:
+            counts = self._group.hits()
+            hits |= {name for name, count in counts.items() if count > self._hits.get(name, 0)}
+            self._hits = counts
+        if self.limits["disk_bytes"] is not None:
+            disk = os.fstatvfs(self._fds["upper"])
+            hits |= {"disk_bytes"} if disk.f_bfree == 0 or disk.f_ffree == 0 else set()
+        for name in sorted(hits):
+            self.notes.note("limit_hit", limit=name)
+
     def oom_kills(self) -> int:
         return self._group.oom_kills() if self._group and self.limits["memory_bytes"] is not None else 0
 
@@ -386,6 +422,7 @@ class Box:
             return
         self.death = self.death or reason
         self.died.set()
+        usage = self._group.usage() if self._group else {}
         if self._lifetime:
             self._lifetime.cancel()
         if self._group and self._group.directories:
@@ -397,6 +434,9 @@ class Box:
             await self._gone.wait(time.monotonic() + 5)
         for session in self.sessions.values():
             session.close()
+        self.watcher.close()
+        self.notes.flush()
+        self._log.record("sandbox_ended", sandbox=self.name, reason=self.death, **usage)
         for name, fd in self._fds.items():
             if name == "init":
                 self.loop.remove_reader(fd)

@@ -168,7 +168,7 @@ class Group:
         self.version = hierarchies.version
         self._paths = {c: os.path.join(base, supervisor, name) for c, base in hierarchies.base.items()}
         self.directories = list(dict.fromkeys(self._paths.values()))
-        self._oom_fd = -1
+        self._counter_fds: dict[str, int] = {}
         made = []
         try:
             for directory in self.directories:
@@ -226,15 +226,26 @@ class Group:
         }
 
     def oom_kills(self) -> int:
-        """How many processes the memory limit has killed so far. Read twice per command, hence the open descriptor."""
-        memory = self._paths.get("memory")
-        if memory is None:
+        """How many processes the memory limit has killed so far."""
+        return self._counter("memory", "memory.oom_control" if self.version == 1 else "memory.events", "oom_kill")
+
+    def hits(self) -> dict[str, int]:
+        """How often each limit has bitten so far: {field of Limits: count}."""
+        return {
+            "memory_bytes": self.oom_kills(),
+            "pids": self._counter("pids", "pids.events", "max"),
+            "cpus": self._counter("cpu", "cpu.stat", "nr_throttled"),
+        }
+
+    def _counter(self, controller: str, file: str, key: str) -> int:
+        """A number of a group's file, which stays open; 0 where there is no such file."""
+        directory = self._paths.get(controller)
+        if directory is None:
             return 0
         try:
-            if self._oom_fd < 0:
-                file = "memory.oom_control" if self.version == 1 else "memory.events"
-                self._oom_fd = os.open(f"{memory}/{file}", os.O_RDONLY | os.O_CLOEXEC)
-            return _keyed(os.pread(self._oom_fd, 4096, 0).decode(), "oom_kill")
+            if file not in self._counter_fds:
+                self._counter_fds[file] = os.open(f"{directory}/{file}", os.O_RDONLY | os.O_CLOEXEC)
+            return _keyed(os.pread(self._counter_fds[file], 4096, 0).decode(), key)
         except OSError:
             return 0
 
@@ -268,9 +279,9 @@ class Group:
 
     def remove(self) -> bool:
         """Remove the directories; False while the kernel still counts a process in one (call again)."""
-        if self._oom_fd >= 0:
-            os.close(self._oom_fd)
-            self._oom_fd = -1
+        for fd in self._counter_fds.values():
+            os.close(fd)
+        self._counter_fds = {}
         remaining = []
         for directory in self.directories:
             try:

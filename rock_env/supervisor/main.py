@@ -18,13 +18,16 @@ import traceback
 from rock_env import wire
 from rock_env.supervisor import cgroups, linux
 from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Loop
 from rock_env.supervisor.machine import Machine
 from rock_env.supervisor.server import Server
 from rock_env.supervisor.store import Store
 
 
-def main(control_fd: int, bwrap: str, state_directory: str, store_bytes: int | None, client_pid: int) -> None:
+def main(
+    control_fd: int, bwrap: str, state_directory: str, store_bytes: int | None, audit_directory: str, client_pid: int
+) -> None:
     """Entry point of the keeper."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     linux.set_name("rock-keeper")
@@ -50,9 +53,10 @@ def main(control_fd: int, bwrap: str, state_directory: str, store_bytes: int | N
         privileged = isolate(privileged)
         if not privileged:
             map_ids(*outside)
+        audit = (audit_directory, os.getpid(), client_pid)
         pid = os.fork()
         if pid == 0:
-            serve(control, client, bwrap, directory, store_bytes, name, privileged, hierarchies)
+            serve(control, client, bwrap, directory, store_bytes, audit, name, privileged, hierarchies)
         control.detach()
         os.close(control_fd)
         wait_for(pid)
@@ -68,6 +72,7 @@ def serve(
     bwrap: str,
     directory: str,
     store_bytes: int | None,
+    audit: tuple[str, int, int],
     name: str,
     privileged: bool,
     hierarchies: cgroups.Hierarchies,
@@ -85,10 +90,14 @@ def serve(
         store = Store(directory, privileged, store_bytes)
         machine = Machine(bwrap, name, privileged, hierarchies, store)
         loop = Loop()
-        server = Server(loop, machine, control)
+        audit_directory, keeper, client_pid = audit
+        log = AuditLog(loop, audit_directory, keeper)
+        log.record("log_opened", supervisor=name, client_pid=client_pid, host=os.uname().nodename)
+        server = Server(loop, machine, control, log)
         loop.add_reader(client, server.finish)
-        control.sendall(wire.encode({"ready": machine.report()}))
+        control.sendall(wire.encode({"ready": machine.report(log.path)}))
         loop.run()
+        log.close()
         code = 0
     except BaseException as error:
         report_failure(control, error)

@@ -7,8 +7,10 @@ import fcntl
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from rock_env.supervisor import cgroups, linux
 from rock_env.supervisor.loop import Loop
@@ -113,10 +115,25 @@ def place_descriptors(descriptors: dict[int, int]) -> None:
     linux.close_on_exec(set(descriptors))
 
 
+def open_files() -> tuple[int, int]:
+    """RLIMIT_NOFILE of sandboxed processes (soft, hard). The hard one is a number that we can still open ourselves."""
+    hard = min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 1)
+    return min(1024, hard), hard
+
+
+class Confinement(NamedTuple):
+    """What every process of a sandbox is put into before it executes anything."""
+
+    directories: list[str]  # of its control groups
+    seccomp: bytes
+    landlock_fd: int | None
+    handover: socket.socket | None  # where the listener of a watched filter goes, with `name`
+    name: str
+
+
 def enter_and_exec(
     pidfd: int,
-    directories: list[str],
-    seccomp: bytes,
+    confinement: Confinement,
     cwd: str,
     argv: list[str],
     env: dict[str, str],
@@ -126,17 +143,24 @@ def enter_and_exec(
     """In a fresh child, already in the pid namespace: join everything else, drop all privileges, exec. No return."""
     try:
         os.setsid()
-        cgroups.join(directories)
+        cgroups.join(confinement.directories)
         linux.setns(pidfd, _ALL_NAMESPACES)
+        soft, hard = open_files()
+        handover, landlock_fd = confinement.handover, confinement.landlock_fd
+        if landlock_fd is not None:  # out of the way of what the next lines overwrite
+            landlock_fd = fcntl.fcntl(landlock_fd, fcntl.F_DUPFD_CLOEXEC, max(hard + 1, _ABOVE_TARGETS))
         place_descriptors(descriptors)
+        if handover is not None:  # to the one number from which the filter lets it be sent
+            handover = socket.socket(fileno=os.dup2(handover.fileno(), hard, inheritable=False))
         os.setresgid(agent, agent, agent)
         os.setresuid(agent, agent, agent)
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        hard = min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
         reset_signals()
-        linux.drop_privileges(_LAST_CAPABILITY, seccomp)
+        listener = linux.drop_privileges(_LAST_CAPABILITY, confinement.seccomp, handover is not None, landlock_fd)
+        if handover is not None:
+            socket.send_fds(handover, [confinement.name.encode()], [listener])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         code = 126
         try:
             os.chdir(cwd)

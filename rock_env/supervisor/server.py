@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import traceback
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,7 @@ from rock_env import wire
 from rock_env.supervisor import files
 from rock_env.supervisor.box import Box
 from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Event, Loop
 from rock_env.supervisor.machine import Machine
 
@@ -27,8 +29,9 @@ class Snapshot:
 
 
 class Server:
-    def __init__(self, loop: Loop, machine: Machine, control: socket.socket) -> None:
+    def __init__(self, loop: Loop, machine: Machine, control: socket.socket, log: AuditLog) -> None:
         self.loop = loop
+        self.log = log
         self.machine = machine
         self.boxes: dict[str, Box] = {}
         self.deaths: dict[str, str] = {}
@@ -40,6 +43,8 @@ class Server:
         self._finishing = False
         control.setblocking(False)
         loop.add_reader(control.fileno(), self._on_control)
+        if machine.listeners is not None:
+            loop.add_reader(machine.listeners.fileno(), self._on_listener)
 
     # -- connections
     def _on_control(self) -> None:
@@ -57,6 +62,17 @@ class Server:
             connection = socket.socket(fileno=fd)
             connection.setblocking(False)
             self.loop.spawn(self._serve(connection))
+
+    def _on_listener(self) -> None:
+        """A new process of a sandbox has been confined: watch over what it calls."""
+        arrived = self.machine.receive_listener()
+        if arrived is not None:
+            name, listener = arrived
+            box = self.boxes.get(name)
+            if box is not None and not box.died.is_set:
+                box.watcher.add(listener)
+            else:
+                os.close(listener)
 
     async def _serve(self, connection: socket.socket) -> None:
         reader = wire.FrameReader()
@@ -127,11 +143,16 @@ class Server:
                 raise Fault("spec", message)
             lower, uid, states = list(origin.lower), origin.uid, dict(origin.states)
         self._names += 1
-        box = Box(f"{self._names}", spec, self.machine, self.loop, lower, uid)
+        box = Box(f"{self._names}", spec, self.machine, self.loop, lower, uid, self.log)
         box.on_death = self._on_death
         self._use(lower, +1)
         self.boxes[box.name] = box
+        shown = {name: spec[name] for name in ("image", "limits", "readonly_binds")}
+        self.log.record("sandbox_starting", sandbox=box.name, snapshot=snapshot, uid=uid, **shown)
         await box.start(entries, blob, states)
+        if self.log.fault:
+            await box.stop("its start could not be recorded")
+            raise Fault("unavailable", self.log.fault)
         return {"id": box.name}, b""
 
     def _new_uid(self) -> int:
@@ -216,12 +237,14 @@ class Server:
         snapshot = Snapshot(box, layer, states)
         self.snapshots[f"s{self._names}"] = snapshot
         self._use(snapshot.lower, +1)
+        self.log.record("snapshot_taken", sandbox=id, snapshot=f"s{self._names}")
         return {"id": f"s{self._names}"}, b""
 
     async def do_drop_snapshot(self, blob: bytes, *, id: str) -> Reply:
         snapshot = self.snapshots.pop(id, None)
         if snapshot is not None:
             self._use(snapshot.lower, -1)
+            self.log.record("snapshot_dropped", snapshot=id)
         return {}, b""
 
     async def do_ping(self, blob: bytes) -> Reply:

@@ -259,16 +259,7 @@ class Session:
             code = self._status or 0
             number = process.signal_of(code)
             self._cwd = self._directory()
-        box.require_alive()
-        return {
-            "exit_code": code if finished else 124,
-            "signal": number if finished else None,
-            "timed_out": not finished,
-            "output": output.text(),
-            "truncated": output.dropped > 0,
-            "oom_killed": box.oom_kills() > oom_before,
-            "seconds": time.monotonic() - started,
-        }
+        return box.result(code, number if finished else None, not finished, output, oom_before, started)
 
     async def _abort(self, since: int) -> None:
         """Kill what the command started and make the shell exit through its trap, or kill it if it will not."""

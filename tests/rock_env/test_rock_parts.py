@@ -1,6 +1,8 @@
 """Parts of the supervisor on their own: output caps, control groups of version 2, the filter, the event loop."""
 
+import errno
 import os
+import socket
 import struct
 import subprocess
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rock_env import Limits, wire
-from rock_env.supervisor import cgroups, seccomp
+from rock_env.supervisor import cgroups, seccomp, watch
 from rock_env.supervisor.process import Output
 
 
@@ -107,7 +109,7 @@ def test_version_2_freezer_on_a_real_hierarchy(tmp_path):
 
 def _run_filter(program, number, architecture, arguments=(0, 0)):
     """A classic BPF interpreter for the few instructions in use: what the kernel would answer."""
-    data = struct.pack("=iIQ6Q", number, architecture, 0, *arguments, 0, 0, 0, 0)
+    data = struct.pack("=iIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
     code = list(struct.iter_unpack("=HBBI", program))
     at, accumulator = 0, 0
     while True:
@@ -115,6 +117,8 @@ def _run_filter(program, number, architecture, arguments=(0, 0)):
         at += 1
         if operation == 0x20:
             accumulator = struct.unpack_from("=I", data, value)[0]
+        elif operation == 0x54:
+            accumulator &= value
         elif operation == 0x06:
             return value
         else:
@@ -142,6 +146,52 @@ def test_filter_of_both_architectures(machine, architecture, column):
     families = {n for n in range(50) if _run_filter(program, sock, architecture, (n, 0)) == allow}
     assert families == {1, 2, 10, 16}
     assert _run_filter(program, sock, architecture, (40, 0)) == eafnosupport
+    types = {n for n in range(16) if _run_filter(program, sock, architecture, (2, n | 0o2000000)) == allow}
+    assert types == set(range(16)) - {3, 10}  # no SOCK_RAW, no SOCK_PACKET, whatever the flags beside it
+    assert _run_filter(program, sock, architecture, (16, 3)) == allow  # netlink is always raw
+    mknodat = (259, 33)[column]
+    for mode, answer in ((0o020666, eperm), (0o060666, eperm), (0o010666, allow), (0o100666, allow), (0o140666, allow)):
+        assert _run_filter(program, mknodat, architecture, (0, 0, mode)) == answer
     assert _run_filter(program, 1, 0x40000003) == 0x80000000  # another architecture's table
     if machine == "x86_64":
         assert _run_filter(program, 0x40000000 | 165, architecture) == enosys
+
+
+@pytest.mark.parametrize(("machine", "architecture", "column"), [("x86_64", 0xC000003E, 0), ("aarch64", 0xC00000B7, 1)])
+def test_watched_filter_shows_what_it_denies_and_every_address(machine, architecture, column):
+    """Against the plain filter: it shows exactly the denied calls, and beside them those that name an address."""
+    plain, watched = seccomp.build(machine), seccomp.build(machine, handover=4096)
+    notify, names = 0x7FC00000, seccomp.names(machine)
+    answers = {0x00050001: errno.EPERM, 0x00050061: errno.EAFNOSUPPORT}
+    addressed = {n for n, name in names.items() if name in ("connect", "bind", "sendmsg", "sendmmsg", "sendto")}
+    for number in range(500):
+        for arguments in ((0, 0), (2, 3, 0), (40, 1), (2, 1), (0x10000000, 0x5412, 0o020666), (0, 0o060000, 0o060000)):
+            before = _run_filter(plain, number, architecture, arguments)
+            after = _run_filter(watched, number, architecture, arguments)
+            if before in answers:
+                assert after == notify
+                assert seccomp.error_of(names[number], arguments) == answers[before]
+            elif number not in addressed:
+                assert after == before
+    for number in addressed:
+        assert seccomp.error_of(names[number], (0,) * 6) == 0
+    by_name = {name: n for n, name in names.items()}
+    for pointer, answer in ((0, 0x7FFF0000), (1, notify), (1 << 40, notify)):
+        assert _run_filter(watched, by_name["sendto"], architecture, (3, 0, 0, 0, pointer, 16)) == answer
+    assert _run_filter(watched, by_name["sendmsg"], architecture, (4096, 0)) == 0x7FFF0000
+    assert _run_filter(watched, by_name["sendmsg"], architecture, (4095, 0)) == notify
+
+
+def test_addresses_are_read_as_the_kernel_reads_them():
+    inet = struct.pack("=H", socket.AF_INET) + struct.pack("!H4s", 53, bytes([127, 0, 0, 9])) + bytes(8)
+    assert watch.parse_address(inet, sends=False) == ("127.0.0.9", 53)
+    six = struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", 443, 0) + socket.inet_pton(socket.AF_INET6, "::1")
+    assert watch.parse_address(six + bytes(4), sends=True) == ("::1", 443)
+    assert watch.parse_address(six[:20], sends=True) is None
+    unspecified = bytes(2) + inet[2:]
+    assert watch.parse_address(unspecified, sends=True) == ("127.0.0.9", 53)
+    assert watch.parse_address(unspecified, sends=False) is None  # connect: disconnects
+    for other in (struct.pack("=H", socket.AF_UNIX) + b"/tmp/socket", inet[:7], b"", b"\2"):
+        assert watch.parse_address(other, sends=True) is None
+    inside = ("127.0.0.1", "127.255.0.3", "::1", "::ffff:127.0.0.1")
+    assert [h for h in (*inside, "128.0.0.1", "::2", "1.127.0.1") if watch.is_loopback(h)] == list(inside)

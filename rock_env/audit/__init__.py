@@ -1,0 +1,90 @@
+"""Read and verify audit logs: `verify_audit_log(path)`, or `python -m rock_env.audit verify PATH [--head SHA256]`.
+
+Format and durability: rock_env.supervisor.journal. The chain shows edits, insertions, deletions and reordering; the
+head file shows a cut at the end. Whoever may write both files can forge both: keep a head elsewhere (`--head`) where
+that matters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rock_env.supervisor.journal import GENESIS, HEAD_SUFFIX, digest, head_text
+
+
+@dataclass(frozen=True)
+class AuditVerdict:
+    """What a verification found.
+
+    Attributes:
+      ok: nothing was changed, removed or reordered.
+      problem: the first thing that is wrong, with its line number; "" when ok.
+      records: how many records could be verified.
+      head: SHA-256 of the last of them (64 zeros when there is none).
+      closed: the log ends with its writer's last record. A writer that was killed leaves it open, which is no problem.
+    """
+
+    ok: bool
+    problem: str
+    records: int
+    head: str
+    closed: bool
+
+
+def read_audit_log(path: str | Path) -> Iterator[dict]:
+    """The records, in order, unverified. A last line that was cut off in the middle is left out."""
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:
+        yield json.loads(line)
+
+
+def verify_audit_log(path: str | Path, head: str | None = None) -> AuditVerdict:
+    """Check the chain from the first record to the last, and its end against the head.
+
+    Args:
+      path: the log.
+      head: SHA-256 of a record that must be in the log, e.g. noted elsewhere earlier. The head file is checked always.
+
+    Raises:
+      OSError: the log cannot be read.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    rest = lines.pop()
+    previous, hashes, event = GENESIS, [], ""
+    problem = ""
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            found = {"n": record["n"], "previous": record["previous"]}
+            event = record["event"]
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"line {number + 1}: not a record ({type(error).__name__}: {error})"
+            break
+        if found != {"n": number, "previous": previous}:
+            problem = f"line {number + 1}: expected record {number} after {previous[:16]}..., found {found['n']} after "
+            problem += f"{str(found['previous'])[:16]}...: a record was changed, removed, inserted or moved"
+            break
+        previous = digest(line)
+        hashes.append(previous)
+    problem = problem or _check_end(Path(path), hashes, rest)
+    if not problem and head is not None and head not in hashes:
+        problem = f"no record has the hash {head}"
+    return AuditVerdict(not problem, problem, len(hashes), previous, event == "log_closed")
+
+
+def _check_end(path: Path, hashes: list[str], rest: bytes) -> str:
+    """Compare with the head file. A writer killed between its two writes leaves a head that is one record behind."""
+    try:
+        head = Path(f"{path}{HEAD_SUFFIX}").read_bytes()
+    except OSError as error:
+        return f"head file: {error.strerror}"
+    if not hashes and not rest and not head:
+        return "no record: even the first is missing"
+    count = len(hashes)
+    for records in (count, count - 1):
+        expected = head_text(records, hashes[records - 1] if records > 0 else GENESIS)
+        if head == expected or (records == 0 and not head):
+            return "" if not rest else f"line {count + 1}: cut off in the middle"
+    return f"the end: {count} records, but the head file says {head[:37].decode(errors='replace').lstrip('0')}..."
