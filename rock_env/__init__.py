@@ -14,6 +14,7 @@ from rock_env.errors import (
     SandboxNotFound,
     SpecError,
 )
+from rock_env.network import NetworkPolicy, NetworkRule
 from rock_env.sandbox import Sandbox, Session, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
 
@@ -37,6 +38,8 @@ __all__ = [
     "LimitExceeded",
     "LimitNotEnforceable",
     "Limits",
+    "NetworkPolicy",
+    "NetworkRule",
     "RequestTimeout",
     "RockError",
     "Sandbox",

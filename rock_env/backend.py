@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 from rock_env.errors import BackendUnavailable
+from rock_env.network import NetworkPolicy
 from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxSpec, SandboxStats
 
 CAPABILITIES = frozenset(
-    {"memory", "pids", "cpus", "disk", "network_none", "seccomp"}
+    {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
     | {"session", "snapshot", "fork", "stats", "readonly_binds"}
 )
 
@@ -45,6 +46,11 @@ class Backend(Protocol):
     def snapshot(self, sandbox: str) -> str: ...
 
     def drop_snapshot(self, snapshot: str) -> None: ...
+
+    def set_network_policy(self, sandbox: str, policy: NetworkPolicy) -> None: ...
+
+    @property
+    def audit_log(self) -> str: ...
 
     def stats(self, sandbox: str) -> SandboxStats: ...
 

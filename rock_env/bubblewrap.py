@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from rock_env.client import Supervisor
 from rock_env.errors import BackendUnavailable, SandboxDead
+from rock_env.network import NetworkPolicy
 from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxSpec, SandboxStats
 
 _SLACK_SECONDS = 15.0  # beyond a command's own deadline, before the supervisor itself counts as hung
@@ -73,7 +74,18 @@ class BubblewrapBackend:
         report = self.supervisor().report
         limits = {"memory_bytes": "memory", "pids": "pids", "cpus": "cpus"}
         enforced = {capability for limit, capability in limits.items() if report[limit]["ok"]}
-        always = {"disk", "network_none", "seccomp", "session", "snapshot", "fork", "stats", "readonly_binds"}
+        always = {
+            "disk",
+            "network_closed",
+            "network_allowlist",
+            "audit",
+            "seccomp",
+            "session",
+            "snapshot",
+            "fork",
+            "stats",
+            "readonly_binds",
+        }
         return frozenset(enforced | always)
 
     def _call(self, handle: str, op: str, seconds: float = _REQUEST_SECONDS, blob: bytes = b"", /, **arguments: object):
@@ -99,6 +111,7 @@ class BubblewrapBackend:
             "workdir": spec.workdir,
             "env": dict(spec.env),
             "limits": spec.limits.to_wire(),
+            "network": spec.network.to_wire(),
             "readonly_binds": {os.path.abspath(source): target for source, target in spec.readonly_binds.items()},
         }
         if snapshot is not None:
@@ -150,6 +163,9 @@ class BubblewrapBackend:
             self._call(snapshot, "drop_snapshot")
         except SandboxDead:
             return  # it went with its supervisor
+
+    def set_network_policy(self, sandbox: str, policy: NetworkPolicy) -> None:
+        self._call(sandbox, "network", policy=policy.to_wire())
 
     def stats(self, sandbox: str) -> SandboxStats:
         return SandboxStats(**self._call(sandbox, "stats")[0])

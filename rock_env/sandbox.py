@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 from rock_env.backend import Backend, get_backend
-from rock_env.errors import FileError, SpecError
+from rock_env.errors import FileError, LimitNotEnforceable, SpecError
+from rock_env.network import NetworkPolicy
 from rock_env.spec import (
     MIB,
     CommandResult,
@@ -101,6 +102,7 @@ class Sandbox:
         else:
             files_spec = spec
         backend = get_backend(spec.backend)
+        _require_enforceable(backend, spec.network)
         id = backend.create(files_spec, snapshot.id if snapshot is not None else None)
         return cls(backend, id, spec)
 
@@ -231,6 +233,21 @@ class Sandbox:
                 raise
         return forks
 
+    # -- network
+    def set_network_policy(self, policy: NetworkPolicy) -> None:
+        """Change what the sandbox may reach, now: connections that the new policy does not allow are cut.
+
+        Programs that start afterwards, and sessions, find the proxy in http_proxy and https_proxy.
+
+        Raises:
+          LimitNotEnforceable: the backend can only keep the network closed.
+        """
+        if not isinstance(policy, NetworkPolicy):
+            raise SpecError(f"network: expected a NetworkPolicy, got {policy!r}")
+        _require_enforceable(self._backend, policy)
+        self._backend.set_network_policy(self.id, policy)
+        self.spec = replace(self.spec, network=policy)
+
     # -- life
     def stats(self) -> SandboxStats:
         return self._backend.stats(self.id)
@@ -248,6 +265,13 @@ class Sandbox:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
+
+
+def _require_enforceable(backend: Backend, policy: NetworkPolicy) -> None:
+    if not policy.is_closed and "network_allowlist" not in backend.capabilities:
+        raise LimitNotEnforceable(
+            f"network: backend {backend.name!r} cannot enforce an allowlist, only a closed network"
+        )
 
 
 def _without_files(spec: SandboxSpec) -> SandboxSpec:

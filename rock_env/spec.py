@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from rock_env.errors import SpecError
+from rock_env.network import NetworkPolicy
 
 MIB = 1 << 20
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -102,7 +103,7 @@ class SandboxSpec:
         "/" makes a directory.
       workdir: absolute; created when missing; where commands start.
       env: added to the minimal environment. Nothing of the host's environment is passed on.
-      network: only "none": a network namespace of its own with nothing but loopback.
+      network: what it may reach; by default nothing: a network namespace of its own with nothing but loopback.
       readonly_binds: host path -> path inside, e.g. an interpreter outside /usr.
     """
 
@@ -111,7 +112,7 @@ class SandboxSpec:
     workdir: str = "/app"
     env: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
-    network: str = "none"
+    network: NetworkPolicy = field(default_factory=NetworkPolicy)
     backend: str = "bubblewrap"
     readonly_binds: Mapping[str, str] = field(default_factory=dict)
 
@@ -122,8 +123,8 @@ class SandboxSpec:
             raise SpecError(f"workdir: expected an absolute path, got {self.workdir!r}")
         if not isinstance(self.limits, Limits):
             raise SpecError(f"limits: expected Limits, got {type(self.limits).__name__}")
-        if self.network != "none":
-            raise SpecError(f'network: expected "none", got {self.network!r}')
+        if not isinstance(self.network, NetworkPolicy):
+            raise SpecError(f"network: expected a NetworkPolicy, got {self.network!r}")
         if not isinstance(self.backend, str):
             raise SpecError(f"backend: expected a name, got {self.backend!r}")
         check_env("env", self.env)

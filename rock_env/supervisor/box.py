@@ -64,6 +64,8 @@ class Box:
         self._group: Group | None = None
         self._hits: dict[str, int] = {}
         self._confinement: process.Confinement | None = None
+        self.policy: list[list] = []
+        self.proxy_env: dict[str, str] = {}
         self._fds: dict[str, int] = {}
         self._monitor = 0
         self._init = 0
@@ -243,6 +245,7 @@ class Box:
         try:
             linux.setns(self._fds["init"], linux.CLONE_NEWPID)
             try:
+                env = {**self.proxy_env, **env}
                 pid = os.fork()
                 if pid == 0:
                     process.enter_and_exec(self._fds["init"], self._confinement, cwd, argv, env, descriptors, AGENT_ID)
@@ -318,6 +321,17 @@ class Box:
     @property
     def null_fd(self) -> int:
         return self._machine.null_fd
+
+    @property
+    def init_fd(self) -> int:
+        self.require_alive()
+        return self._fds["init"]
+
+    def set_proxy(self, port: int | None) -> None:
+        """Tell programs that start from now on, and shells at their next command, of the proxy's port."""
+        names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+        self.proxy_env = dict.fromkeys(names, f"http://127.0.0.1:{port}") if port else {}
+        self.proxy_env |= {"no_proxy": "localhost", "NO_PROXY": "localhost"} if port else {}
 
     def keep(self) -> set[int]:
         """Processes that a command's timeout must spare."""

@@ -117,12 +117,17 @@ def can_watch() -> bool:
     return _libc.syscall(_SYS_SECCOMP[MACHINE], _SECCOMP_GET_ACTION_AVAIL, 0, ctypes.byref(action)) == 0
 
 
-def drop_privileges(last_cap: int, seccomp_program: bytes, watched: bool, landlock_fd: int | None) -> int:
-    """Empty the bounding set and every capability set, forbid regaining any, enter the Landlock domain and install the
-    system call filter. Returns the filter's listener, a new descriptor, if it is a `watched` one; else -1.
-    """
+def empty_bounding_set(last_cap: int) -> None:
+    """What no program that is executed from now on can gain. Needs CAP_SETPCAP."""
     for capability in range(last_cap + 1):
         _prctl(_PR_CAPBSET_DROP, capability)
+
+
+def drop_privileges(seccomp_program: bytes, watched: bool, landlock_fd: int | None) -> int:
+    """Empty every capability set, forbid regaining any, enter the Landlock domain and install the system call filter.
+
+    Returns the filter's listener, a new descriptor, if it is a `watched` one; else -1.
+    """
     number = _SYS_CAPSET[MACHINE]
     _check(_libc.syscall(number, ctypes.byref(_CAP_HEADER), ctypes.byref(_NO_CAPABILITIES)), "capset")
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)

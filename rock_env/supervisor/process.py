@@ -157,7 +157,8 @@ def enter_and_exec(
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         reset_signals()
-        listener = linux.drop_privileges(_LAST_CAPABILITY, confinement.seccomp, handover is not None, landlock_fd)
+        linux.empty_bounding_set(_LAST_CAPABILITY)
+        listener = linux.drop_privileges(confinement.seccomp, handover is not None, landlock_fd)
         if handover is not None:
             socket.send_fds(handover, [confinement.name.encode()], [listener])
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

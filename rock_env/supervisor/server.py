@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from rock_env import wire
 from rock_env.supervisor import files
 from rock_env.supervisor.box import Box
+from rock_env.supervisor.egress import Egress
 from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Event, Loop
@@ -39,6 +40,7 @@ class Server:
         self._layer_users: dict[str, int] = {}
         self._uids = 0
         self._names = 0
+        self.egress = Egress(loop, log, machine.privileged)
         self._control = control
         self._finishing = False
         control.setblocking(False)
@@ -150,9 +152,14 @@ class Server:
         shown = {name: spec[name] for name in ("image", "limits", "readonly_binds")}
         self.log.record("sandbox_starting", sandbox=box.name, snapshot=snapshot, uid=uid, **shown)
         await box.start(entries, blob, states)
-        if self.log.fault:
-            await box.stop("its start could not be recorded")
-            raise Fault("unavailable", self.log.fault)
+        try:
+            if self.log.fault:
+                raise Fault("unavailable", self.log.fault)
+            if spec["network"]:
+                await self._set_policy(box, spec["network"])
+        except Fault as fault:
+            await box.stop(f"start failed: {fault}")
+            raise
         return {"id": box.name}, b""
 
     def _new_uid(self) -> int:
@@ -166,11 +173,21 @@ class Server:
         if self.boxes.pop(box.name, None) is None:
             return
         self._use(box.lower, -1)
+        self.egress.forget(box)
         self.deaths[box.name] = box.death
         if len(self.deaths) > _REMEMBERED_DEATHS:
             del self.deaths[next(iter(self.deaths))]
         if self._finishing and not self.boxes:
             self.loop.stop()
+
+    async def _set_policy(self, box: Box, policy: list[list]) -> None:
+        box.policy = policy
+        self.log.record("network_policy", sandbox=box.name, allow=policy)
+        await self.egress.set_policy(box, policy)
+
+    async def do_network(self, blob: bytes, *, id: str, policy: list[list]) -> Reply:
+        await self._set_policy(self._box(id), policy)
+        return {}, b""
 
     async def do_stop(self, blob: bytes, *, id: str) -> Reply:
         box = self.boxes.get(id)

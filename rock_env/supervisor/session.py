@@ -53,6 +53,9 @@ _OWN = (
     r"BASH\w*|COMP_WORDBREAKS|DIRSTACK|EPOCH\w+|EUID|FUNCNAME|GROUPS|HIST\w*|HOST\w+|LINENO|MACHTYPE|OPTERR|OPTIND|OSTYPE|"
     r"PIPESTATUS|PPID|PWD|RANDOM|SECONDS|SHELLOPTS|SHLVL|SRANDOM|UID|_|__rock_\w+"
 )
+# The proxy's variables come with each new shell, as the network policy is then.
+_PROXY = r"(?:https?|HTTPS?)_(?:proxy|PROXY)=\"http://127\.0\.0\.1:\d+\"|(?:no_proxy|NO_PROXY)=\"localhost\""
+_PROXY_LINE = re.compile(rf"^declare -x (?:{_PROXY})\n", re.MULTILINE)
 _OWN_LINE = re.compile(rf"^declare -\S+ (?:{_OWN})(?:=.*)?\n", re.MULTILINE)
 
 
@@ -71,6 +74,7 @@ class Session:
         self._status: int | None = None
         self._cwd: str | None = None
         self._sent = 0
+        self._proxy_env: dict[str, str] = {}  # what the shell knows of
 
     @property
     def is_running(self) -> bool:
@@ -92,6 +96,7 @@ class Session:
         descriptors |= {_COMMANDS: command_read, _REPORTS: report_write}
         try:
             argv = ["bash", "--norc", "--noprofile", "-c", 'eval "$__rock_program"', "bash"]
+            self._proxy_env = box.proxy_env
             self._pid = box.spawn_inside(argv, {**box.env, "__rock_program": _PROGRAM}, box.workdir, descriptors)
         except BaseException:
             for fd in (command_write, report_read, output_read):
@@ -129,7 +134,7 @@ class Session:
                 self._changed.set()
             elif record[:1] == _STATE:
                 directory, _, text = record[1:].decode("utf-8", "surrogateescape").partition("\n")
-                self.state = (directory, _OWN_LINE.sub("", text))
+                self.state = (directory, _PROXY_LINE.sub("", _OWN_LINE.sub("", text)))
 
     def close(self) -> None:
         """Forget the shell (its process is killed with the sandbox, or has ended); keep at least its directory."""
@@ -152,6 +157,9 @@ class Session:
                 self._box.require_alive()
                 if not self.is_running:
                     await self._start_shell()
+                if self._proxy_env != self._box.proxy_env:
+                    await self._learn_proxy()
+                    continue
                 result = await self._run(command, deadline, output_bytes)
                 if result is not None:
                     return result
@@ -172,6 +180,15 @@ class Session:
             if not self.is_running:
                 self.state = None
                 self._spawn()
+
+    async def _learn_proxy(self) -> None:
+        """The network policy has opened or closed since the shell started: tell it, without touching `$?`."""
+        old, new = self._proxy_env, self._box.proxy_env
+        gone = " ".join(sorted(old.keys() - new.keys()))
+        text = f"builtin unset -v {gone}; " if gone else ""
+        text += "builtin export " + " ".join(f"{k}='{v}'" for k, v in new.items()) + "; " if new else ""
+        self._proxy_env = new
+        await self._run(f"{text}__rock_return $__rock_status", time.monotonic() + 10, 16)
 
     async def save(self) -> tuple[str, str] | None:
         """The state of an idle shell; None when it has none or is busy."""
