@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_DISPATCHES = ("auto", "dense", "sparse")
+_DISPATCHES = ("auto", "dense", "sparse", "ragged")
 
 
 class ConfigError(ValueError):

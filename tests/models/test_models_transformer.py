@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from rome.models import ConfigError, ModelConfig, count_params, forward, init_params, param_specs, token_log_probs
-from rome.models.moe import Experts, Routing, dense_dispatch, pick_dispatch, sparse_dispatch
 from rome.models.params import is_spec
 
 DENSE = ModelConfig(
@@ -308,45 +307,6 @@ def test_bfloat16_stays_close_and_keeps_float32_log_probs():
     assert 1e-4 < np.abs(exact - rough).max() < 0.3
     stored = init_params(dataclasses.replace(DENSE, param_dtype="bfloat16"), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype(jnp.bfloat16)}
-
-
-# ---- mixture of experts
-
-
-@pytest.mark.parametrize(("tokens", "experts", "top"), [(1, 3, 1), (37, 5, 2), (300, 16, 3)])
-def test_sparse_dispatch_equals_dense_in_output_and_gradients(tokens, experts, top):
-    keys = jax.random.split(jax.random.key(tokens), 6)
-    width, inner = 12, 10
-    x = jax.random.normal(keys[0], (tokens, width))
-    weights = Experts(
-        0.3 * jax.random.normal(keys[1], (experts, width, inner)),
-        0.3 * jax.random.normal(keys[2], (experts, width, inner)),
-        0.3 * jax.random.normal(keys[3], (experts, inner, width)),
-    )
-    # skewed, so that some experts get nothing and others nearly all
-    scores = jax.random.normal(keys[4], (tokens, experts)) + 3.0 * (jnp.arange(experts) == experts - 1)
-    top_weights, chosen = jax.lax.top_k(jax.nn.softmax(scores), top)
-    target = jax.random.normal(keys[5], (tokens, width)) / tokens
-
-    def run(dispatch):
-        def loss(x, top_weights, weights):
-            y = dispatch(x, Routing(chosen, top_weights), weights)
-            return (y * target).sum(), y
-
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x, top_weights, weights)
-
-    (_, dense_y), dense_grads = run(dense_dispatch)
-    (_, sparse_y), sparse_grads = run(sparse_dispatch)
-    np.testing.assert_allclose(dense_y, sparse_y, rtol=0, atol=1e-5)
-    assert_trees_close(sparse_grads, dense_grads, atol=1e-5)
-
-
-def test_dispatch_is_picked_by_name_or_size():
-    auto = dataclasses.replace(MOE, moe_dispatch="auto", num_experts=8)
-    assert pick_dispatch(dataclasses.replace(MOE, moe_dispatch="dense"), 10_000) is dense_dispatch
-    assert pick_dispatch(dataclasses.replace(MOE, moe_dispatch="sparse"), 1) is sparse_dispatch
-    assert pick_dispatch(auto, 4096) is sparse_dispatch
-    assert pick_dispatch(auto, 1) is dense_dispatch  # a block of one visit is mostly padding
 
 
 # ---- parameters and config
