@@ -72,7 +72,10 @@ def audit_directory() -> str:
     while not os.path.exists(existing) and existing not in ("", "/"):
         existing = os.path.dirname(existing)
     if not os.path.isabs(state) or not os.access(existing, os.W_OK):
-        return os.path.join(tempfile.gettempdir(), f"rock-audit-{os.getuid()}")
+        fallback = os.path.join(tempfile.gettempdir(), f"rock-audit-{os.getuid()}")
+        if os.path.lexists(fallback) and os.lstat(fallback).st_uid != os.getuid():
+            raise BackendUnavailable(f"audit directory {fallback}: not ours; set ROCK_AUDIT_DIR to another place")
+        return fallback
     return os.path.join(state, "rock", "audit")
 
 

@@ -97,6 +97,7 @@ class Gate:
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         if len(self._live) >= _CONNECTIONS:
+            await self._tell("denied", None, reason=f"more than {_CONNECTIONS} connections at once")
             writer.transport.abort()
             return
         self._live[task] = None
@@ -313,6 +314,7 @@ class Proxy:
             self._ended.set()
             return
         message = json.loads(data)
+        listener = socket.socket(fileno=fds[0]) if fds else None
         name, policy = message["sandbox"], NetworkPolicy.from_wire(message["policy"])
         gate = self._gates.get(name)
         if policy.is_closed:
@@ -322,7 +324,6 @@ class Proxy:
             gate.apply(policy)
         else:
             gate = self._gates[name] = Gate(name, policy, self._send)
-            listener = socket.socket(fileno=fds[0])
             listener.setblocking(False)
             gate.opening = asyncio.ensure_future(gate.listen(listener))
         self._last = asyncio.ensure_future(self._applied(message["serial"], self._last))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rock_env.supervisor import linux, process
 from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.journal import AuditLog
-from rock_env.supervisor.loop import Event, Loop
+from rock_env.supervisor.loop import Event, Lock, Loop
 
 if TYPE_CHECKING:
     from rock_env.supervisor.box import Box
@@ -75,12 +75,20 @@ class Egress:
         self._pid = 0
         self._control: socket.socket | None = None
         self._open: dict[str, Box] = {}
+        self._turn = Lock(loop)  # of policies: one is in force before the next is looked at
         self._serial = 0
         self._waiting: dict[int, Event] = {}  # for a policy to be in force, by the serial number of its message
         log.on_fault = self.stop  # what cannot be recorded may not happen
 
     async def set_policy(self, box: Box, policy: list[list]) -> None:
         """Open, change or close a sandbox's way out. The change is in force when this returns."""
+        await self._turn.acquire()
+        try:
+            await self._set_policy(box, policy)
+        finally:
+            self._turn.release()
+
+    async def _set_policy(self, box: Box, policy: list[list]) -> None:
         if self._log.fault:
             raise Fault("unavailable", self._log.fault)
         if not policy:

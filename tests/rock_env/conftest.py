@@ -1,7 +1,5 @@
 """Shared sandboxes: real ones, one per test module where tests do not disturb each other."""
 
-import os
-
 import pytest
 
 from rock_env import Sandbox, SandboxSpec, doctor
@@ -10,8 +8,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _machine(tmp_path_factory):
-    os.environ.setdefault("ROCK_AUDIT_DIR", str(tmp_path_factory.mktemp("audit")))
+def _machine():
     report = doctor()
     if not report["backend"]["ok"]:
         pytest.skip(report["backend"]["how"])

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 import rock_env
-from rock_env import BackendUnavailable, Limits, Sandbox, SandboxSpec, get_backend
+from rock_env import BackendUnavailable, Limits, NetworkPolicy, NetworkRule, Sandbox, SandboxSpec, get_backend
 from rock_env.audit import read_audit_log, verify_audit_log
 from rock_env.bubblewrap import BubblewrapBackend
 from rock_env.supervisor.journal import GENESIS, AuditLog, Notes, head_text
@@ -251,3 +252,33 @@ def test_no_log_no_sandbox(tmp_path, monkeypatch):
     with pytest.raises(BackendUnavailable, match="below"):
         backend.create(SandboxSpec())
     backend.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_a_log_that_is_full_stops_everything_that_it_should_record(monkeypatch):
+    """No new sandbox starts and the way out of the living ones is closed; with room again, new ones start."""
+    place = tempfile.mkdtemp(dir="/tmp")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,mode=700", "tiny", place], check=True)
+    monkeypatch.setenv("ROCK_AUDIT_DIR", place)
+    backend = BubblewrapBackend()
+    policy = NetworkPolicy((NetworkRule("127.0.0.2", 9, "tcp"),))
+    listening = "exec 3<>/dev/tcp/127.0.0.1/3128"
+    try:
+        id = backend.create(SandboxSpec(network=policy))
+        assert backend.execute(id, ["bash", "-c", listening], 10, None, {}, 1000).exit_code == 0
+        with pytest.raises(BackendUnavailable, match="audit log"):
+            for _ in range(100):
+                backend.destroy(backend.create(SandboxSpec()))
+        assert "refused" in backend.execute(id, ["bash", "-c", listening], 10, None, {}, 1000).output
+        with pytest.raises(BackendUnavailable, match="audit log"):
+            backend.set_network_policy(id, policy)
+        subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
+        backend.destroy(backend.create(SandboxSpec()))  # its first record ends the fault
+        backend.set_network_policy(id, policy)
+        assert backend.execute(id, ["bash", "-c", listening], 10, None, {}, 1000).exit_code == 0
+        assert verify_audit_log(backend.audit_log).ok
+        assert any("records_lost_before" in record for record in read_audit_log(backend.audit_log))
+    finally:
+        backend.close()
+        subprocess.run(["umount", place], check=True)
+        os.rmdir(place)

@@ -1,8 +1,10 @@
 """Limits hold: memory, processes, CPU, disk, output, lifetime. And one that cannot hold refuses to start."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -156,6 +158,17 @@ with Sandbox.start(SandboxSpec(files={"a": "a"}, limits=free)) as box:
     fork.write_file("b", "c")
     seen = fork.session().run("pwd; rm /app/a; ls /app").output
     print(box.read_file("b"), fork.read_file("b"), seen, box.stats().cpu_seconds)
+import socket, threading
+server = socket.create_server(("127.0.0.2", 0))
+threading.Thread(target=lambda: server.accept()[0].sendall(b"reached"), daemon=True).start()
+target = ("127.0.0.2", server.getsockname()[1])
+call = f"exec 3<>/dev/tcp/127.0.0.1/3128; printf 'CONNECT {target[0]}:{target[1]} HTTP/1.1\\r\\n\\r\\n' >&3; cat <&3"
+with Sandbox.start(SandboxSpec(limits=free, network=NetworkPolicy((NetworkRule(*target, "tcp"),)))) as box:
+    print(box.execute(call).output.split()[-1])
+log = get_backend("bubblewrap").audit_log
+get_backend("bubblewrap").close()
+seen = {record["event"] for record in read_audit_log(log)}
+print("audit", verify_audit_log(log).ok, sorted(seen & {"network_call", "egress", "sandbox_ended"}))
 print("done")
 """
 
@@ -167,10 +180,13 @@ def test_without_privileges(tmp_path):
         pytest.skip("needs an interpreter that another user can execute")
     bwrap = rock_env.bubblewrap.find_bwrap()
     command = ["/usr/bin/python3", "-c", _UNPRIVILEGED, str(_REPOSITORY)]
-    env = {"PATH": os.defpath, "ROCK_BWRAP": bwrap, "PYTHONDONTWRITEBYTECODE": "1"}
+    audit = tempfile.mkdtemp(dir="/tmp")
+    os.chown(audit, 61234, 61234)
+    env = {"PATH": os.defpath, "ROCK_BWRAP": bwrap, "PYTHONDONTWRITEBYTECODE": "1", "ROCK_AUDIT_DIR": audit}
     result = subprocess.run(
         command, env=env, user=61234, group=61234, extra_groups=[], cwd="/", capture_output=True, text=True, timeout=60
     )
+    shutil.rmtree(audit)
     if "Permission denied" in result.stderr and "rock_env" in result.stderr:
         pytest.skip("the repository is not readable by others")
     assert result.returncode == 0, result.stderr
@@ -182,6 +198,8 @@ def test_without_privileges(tmp_path):
     assert "True 9" in result.stdout
     assert "disk\n" in result.stdout
     assert "b'b' b'c' /tmp\nb\n None" in result.stdout
+    assert "reached\n" in result.stdout
+    assert "audit True ['egress', 'network_call', 'sandbox_ended']" in result.stdout
     assert result.stdout.endswith("done\n")
     leftovers = Path("/tmp/rock-61234")
     assert not leftovers.exists() or list(leftovers.iterdir()) == []

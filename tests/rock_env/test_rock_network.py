@@ -416,6 +416,18 @@ def test_a_new_policy_cuts_what_it_does_not_allow():
         assert asyncio.run(both())[0]
 
 
+def test_connections_are_bounded_and_the_surplus_is_on_record():
+    def client(port, gate):
+        with contextlib.ExitStack() as stack:
+            for _ in range(64):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as surplus, contextlib.suppress(OSError):
+                assert surplus.recv(1) == b""
+
+    reports = asyncio.run(_with_gate(_policy(("127.0.0.2", 9, "tcp")), {}, client))[1]
+    assert [(r["verdict"], r["reason"]) for r in reports] == [("denied", "more than 64 connections at once")]
+
+
 # -- in sandboxes
 class _Web(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
