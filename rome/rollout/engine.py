@@ -6,7 +6,8 @@ log-probs under the sampling distribution, the policy version of every token, an
 A *turn* is the unit of work. `generate` appends each slot's new tokens (a prompt, or the last stop token and the
 observation after it) in static buckets, then decodes all of them in one jitted `while_loop` until each has sampled a
 stop id or `max_chunk_tokens`. There is one host ↔ device synchronisation a turn, and every token passes through the
-model exactly once: a chunk's last token is only processed when (and if) the next delta is appended.
+model at most once: a chunk's last token is only processed when (and if) the next delta is appended, and slots that
+start a turn with the same prompt (the samples of a group) share its prefill: it runs once, apart, and is copied.
 
 Slots are split into cohorts, each with a decode state of its own, so that the environments of one cohort can run while
 another decodes. All cohorts have the same shape: they share every compiled function.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -44,6 +45,9 @@ class EngineConfig:
       cohorts: groups of slots that take turns.
       max_length: tokens a trajectory may have: prompt, chunks and observations together.
       extend_buckets: ascending static sizes of an append; the longest delta of a cohort chooses. Each costs a compile.
+        Prompts are prefilled in the largest.
+      prompt_rows: distinct prompts that are prefilled together, at most `slots_per_cohort`; a turn with more of them
+        takes several passes.
       max_chunk_tokens: tokens a chunk may have; without a stop id by then it ends as `Finish.LENGTH`.
       temperature: of sampling; 0 is greedy. `generate` may override it (no recompile).
       top_p, top_k: truncation of the sampling distribution; 1 and 0 switch it off.
@@ -53,6 +57,7 @@ class EngineConfig:
     cohorts: int = 2
     max_length: int = 256
     extend_buckets: tuple[int, ...] = (16, 64)
+    prompt_rows: int = 4
     max_chunk_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
@@ -68,6 +73,7 @@ class EngineConfig:
                 bool(buckets) and buckets == tuple(sorted(set(buckets))) and buckets[0] >= 1,
                 "ascending sizes of at least 1",
             ),
+            "prompt_rows": (self.prompt_rows >= 1, "at least 1"),
             "max_chunk_tokens": (self.max_chunk_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < float("inf"), "a finite number >= 0"),
             "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
@@ -110,16 +116,25 @@ class DecodeState:
 
 @dataclass
 class EngineStats:
-    """Counts since the engine was made. Each token is processed once: prefilled or decoded."""
+    """Counts since the engine was made. Each token is processed once: prefilled or decoded; or it is copied."""
 
     turns: int = 0
     prefilled_tokens: int = 0  # prompts and observations
+    copied_tokens: int = 0  # of prompts that another slot of the same turn starts with too
     decoded_tokens: int = 0  # sampled
     processed_tokens: int = 0  # went through the model; the last token of a chunk only once its slot continues
     padded_tokens: int = 0  # what appends went through the model with, padding included
     decode_steps: int = 0
     seconds: float = 0.0  # in `generate`, device time included
     host_seconds: float = 0.0  # of these, outside dispatch and wait
+
+
+class Append(NamedTuple):
+    """Tokens for the rows of a DecodeState: the first `counts[b]` of `tokens[b]`; `fresh` rows are emptied before."""
+
+    tokens: np.ndarray  # int32[B, bucket]
+    counts: np.ndarray  # int32[B]
+    fresh: np.ndarray  # bool[B]
 
 
 class DecodeEngine:
@@ -160,7 +175,9 @@ class DecodeEngine:
         self._keys = np.zeros((rows, 2), np.uint32)
         self._occupied = np.zeros(rows, bool)
         self._fresh = np.zeros(rows, bool)  # inserted, not yet appended to
-        self._states = [self._empty_state() for _ in range(config.cohorts)]
+        self._prompt_rows = min(config.prompt_rows, config.slots_per_cohort)
+        self._states: dict[int, DecodeState] = {}
+        self._reset_states(range(config.cohorts))
 
     @property
     def version(self) -> int:
@@ -216,10 +233,13 @@ class DecodeEngine:
         rows, (params, _) = self.config.slots_per_cohort, self._weights
         keys, idle, counts = np.zeros((rows, 2), np.uint32), np.zeros(rows, bool), np.zeros(rows, np.int32)
         temperature = np.float32(self.config.temperature)
-        state = self._empty_state()
+        state, prompts = self._empty_state(rows), self._empty_state(self._prompt_rows)
         for bucket in self.config.extend_buckets:
             tokens = np.zeros((rows, bucket), np.int32)
             state = self._compiled.append(params, state, tokens, counts, idle)
+        some = slice(self._prompt_rows)
+        prompts = self._compiled.append(params, prompts, tokens[some], counts[some], idle[some])  # the largest bucket
+        state = self._compiled.share(state, prompts, counts - 1)
         _, out = self._compiled.decode(params, state, keys, idle, temperature, self._stop_ids)
         jax.block_until_ready(out)
 
@@ -242,30 +262,41 @@ class DecodeEngine:
             params, version = self._weights
         active = np.zeros(rows, bool)
         active[[slot - first for slot in deltas]] = True
-        appends = self._batches(first, deltas)
-        # the first token of a continued slot's delta was sampled, not given
-        self.stats.prefilled_tokens += sum(len(delta) - (not self._fresh[slot]) for slot, delta in deltas.items())
+        prompts = {slot - first: delta for slot, delta in deltas.items() if self._fresh[slot]}
+        continued = {slot - first: delta for slot, delta in deltas.items() if not self._fresh[slot]}
+        shared = self._prompt_passes(prompts)
+        appends = self._batches(rows, continued, self.config.extend_buckets)
         prepared = time.perf_counter()
         heat = np.float32(self.config.temperature if temperature is None else temperature)
         keys = self._keys[first : first + rows]
         try:
+            for prefills, source in shared:
+                for prefill in prefills:
+                    self._prompts = self._compiled.append(params, self._prompts, *prefill)
+                self._states[cohort] = self._compiled.share(self._states[cohort], self._prompts, source)
             for append in appends:
                 self._states[cohort] = self._compiled.append(params, self._states[cohort], *append)
             self._states[cohort], packed = self._compiled.decode(
                 params, self._states[cohort], keys, active, heat, self._stop_ids
             )
             packed = np.asarray(packed)  # the turn's one synchronisation
-        except BaseException:  # Ctrl-C too: the donated state is gone, and with it what the slots held
-            self._states[cohort] = self._empty_state()
+        except BaseException:  # Ctrl-C too: the donated states are gone, and with them what the slots held
+            self._reset_states([cohort])
             self._occupied[first : first + rows], self._lengths[first : first + rows] = False, 0
             raise
         waited = time.perf_counter() - prepared
         sampled = {slot: self._unpack(slot, delta, packed[slot - first], version) for slot, delta in deltas.items()}
-        self._account(sampled, appends, time.perf_counter() - started, waited)
+        passes = [*(prefill for prefills, _ in shared for prefill in prefills), *appends]
+        self._account(sampled, deltas, len(continued), passes, time.perf_counter() - started, waited)
         return sampled
 
-    def _empty_state(self) -> DecodeState:
-        rows = self.config.slots_per_cohort
+    def _reset_states(self, cohorts: Iterable[int]) -> None:
+        """Empties cohorts, and where prompts are prefilled."""
+        self._prompts = self._empty_state(self._prompt_rows)
+        for cohort in cohorts:
+            self._states[cohort] = self._empty_state(self.config.slots_per_cohort)
+
+    def _empty_state(self, rows: int) -> DecodeState:
         cache = init_cache(self.model_config, rows, self.config.max_length)
         return DecodeState(cache, jnp.zeros((rows, self.model_config.vocab_size), jnp.float32))
 
@@ -278,22 +309,40 @@ class DecodeEngine:
             if not 1 <= len(delta) < room:
                 raise EngineError(f"slot {slot}: expected a delta of 1..{room - 1} tokens, found {len(delta)}")
 
-    def _batches(self, first: int, deltas: Mapping[int, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The deltas as (tokens[B, bucket], counts[B], fresh[B]) of one or more appends of static size."""
-        rows, buckets = self.config.slots_per_cohort, self.config.extend_buckets
+    def _prompt_passes(self, prompts: Mapping[int, np.ndarray]) -> list[tuple[list[Append], np.ndarray]]:
+        """How to prefill prompts (by row of the cohort), each distinct one once: (appends to the prompt rows, source).
+
+        source[B] int32: which prompt row a row starts with; −1 for the others.
+        """
+        sharers: dict[bytes, list[int]] = {}
+        for row, prompt in prompts.items():
+            sharers.setdefault(np.asarray(prompt, np.int32).tobytes(), []).append(row)
+        distinct, passes = list(sharers.values()), []
+        for start in range(0, len(distinct), self._prompt_rows):
+            source = np.full(self.config.slots_per_cohort, -1, np.int32)
+            chosen = distinct[start : start + self._prompt_rows]
+            for index, rows in enumerate(chosen):
+                source[rows] = index
+            given = {index: prompts[rows[0]] for index, rows in enumerate(chosen)}
+            prefills = self._batches(self._prompt_rows, given, self.config.extend_buckets[-1:], fresh=True)
+            passes.append((prefills, source))
+        return passes
+
+    def _batches(
+        self, rows: int, deltas: Mapping[int, np.ndarray], buckets: Sequence[int], fresh: bool = False
+    ) -> list[Append]:
+        """The deltas, by row, as one or more appends of static size; `fresh`: to empty caches."""
         longest = max((len(delta) for delta in deltas.values()), default=0)
-        fresh = self._fresh[first : first + rows].copy()
         batches, start = [], 0
         while start < longest:
             bucket = next((size for size in buckets if size >= longest - start), buckets[-1])
             tokens = np.full((rows, bucket), self.pad_id, np.int32)
             counts = np.zeros(rows, np.int32)
-            for slot, delta in deltas.items():
+            for row, delta in deltas.items():
                 part = delta[start : start + bucket]
-                tokens[slot - first, : len(part)] = part
-                counts[slot - first] = len(part)
-            batches.append((tokens, counts, fresh))
-            fresh = np.zeros(rows, bool)
+                tokens[row, : len(part)] = part
+                counts[row] = len(part)
+            batches.append(Append(tokens, counts, np.full(rows, fresh and start == 0)))
             start += bucket
         return batches
 
@@ -311,13 +360,24 @@ class DecodeEngine:
         versions = np.full(count, version, np.int32)
         return Sampled(tokens, logps[:count].copy(), logps[size : size + count].copy(), versions, finish)
 
-    def _account(self, sampled: dict[int, Sampled], appends: list, seconds: float, waited: float) -> None:
+    def _account(
+        self,
+        sampled: Mapping[int, Sampled],
+        deltas: Mapping[int, np.ndarray],
+        continued: int,
+        appends: list[Append],
+        seconds: float,
+        waited: float,
+    ) -> None:
         stats = self.stats
         lengths = [len(chunk.tokens) for chunk in sampled.values()]
+        passed = sum(int(append.counts.sum()) for append in appends)
         stats.turns += 1
+        stats.prefilled_tokens += passed - continued  # a continued slot's first token was sampled, not given
+        stats.copied_tokens += sum(map(len, deltas.values())) - passed
         stats.decoded_tokens += sum(lengths)
-        stats.processed_tokens += sum(int(counts.sum()) for _, counts, _ in appends) + sum(lengths) - len(lengths)
-        stats.padded_tokens += sum(tokens.size for tokens, _, _ in appends)
+        stats.processed_tokens += passed + sum(lengths) - len(lengths)
+        stats.padded_tokens += sum(append.tokens.size for append in appends)
         stats.decode_steps += max(lengths, default=0)
         stats.seconds += seconds
         stats.host_seconds += seconds - waited
@@ -328,16 +388,17 @@ class _Compiled:
 
     def __init__(self, *statics: Any) -> None:
         self.traces = 0
-        self.append = self._jit(functools.partial(_append, statics[0]))
-        self.decode = self._jit(functools.partial(_decode, *statics))
+        self.append = self._jit(functools.partial(_append, statics[0]), 1)
+        self.share = self._jit(_share, 0)
+        self.decode = self._jit(functools.partial(_decode, *statics), 1)
 
-    def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _jit(self, function: Callable[..., Any], donated: int) -> Callable[..., Any]:
         @functools.wraps(function)
         def traced(*args: Any) -> Any:
             self.traces += 1  # runs when jit traces, that is once a compiled shape
             return function(*args)
 
-        return jax.jit(traced, donate_argnums=1)
+        return jax.jit(traced, donate_argnums=donated)
 
 
 # engines that differ in slots, buckets or temperature alone share what is compiled
@@ -356,9 +417,19 @@ def _append(
     counts: jax.Array,
     fresh: jax.Array,
 ) -> DecodeState:
-    """Appends counts[b] of tokens[B, S] to each slot; `fresh` slots start from an empty cache."""
+    """Appends counts[b] of tokens[B, S] to each row; `fresh` rows start from an empty cache."""
     logits, cache = extend(params, model_config, state.cache.reset(fresh), tokens, counts)
     return DecodeState(cache, jnp.where(counts[:, None] > 0, logits, state.logits))
+
+
+def _share(state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
+    """Slot b becomes a copy of row source[b] of `prompts`, where source int32[B] is not −1."""
+
+    def pick(held: jax.Array, given: jax.Array) -> jax.Array:
+        chosen = (source >= 0).reshape(-1, *[1] * (held.ndim - 1))
+        return jnp.where(chosen, given[jnp.maximum(source, 0)], held)
+
+    return jax.tree.map(pick, state, prompts)
 
 
 def _decode(

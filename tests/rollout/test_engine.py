@@ -141,6 +141,37 @@ def test_each_token_passes_through_the_model_once():
         np.testing.assert_array_equal(engine.processed(slot), tokens[: len(engine.processed(slot))])
 
 
+@pytest.mark.parametrize("length", [7, 40])
+def test_a_groups_prompt_is_prefilled_once_and_copied(length):
+    """Also when it is longer than the largest bucket, and when a turn has more prompts than are prefilled together."""
+    engine = toy_engine(slots=8, cohorts=1, prompt_rows=2)
+    prompts = [np.arange(15 + k, 15 + k + length, dtype=np.int32) for k in range(3)]
+    history = {}
+    for slot in range(8):
+        engine.insert(slot, 100 + slot)
+        history[slot] = prompts[slot % 3]
+    sampled = engine.generate(0, history)
+    assert engine.stats.prefilled_tokens == 3 * length
+    assert engine.stats.copied_tokens == 5 * length
+    assert engine.stats.processed_tokens == 3 * length + sum(len(c.tokens) - 1 for c in sampled.values())
+    again = {s: np.concatenate([history[s], c.tokens, [20, 21]]).astype(np.int32) for s, c in sampled.items()}
+    engine.free(7)
+    engine.insert(7, 999)  # a newcomer among those that go on: the prompt of a copy, prefilled again
+    again[7] = prompts[1]
+    more = engine.generate(0, {slot: tokens[len(engine.processed(slot)) :] for slot, tokens in again.items()})
+    assert engine.stats.prefilled_tokens == 3 * length + length + 7 * 2
+    assert engine.stats.copied_tokens == 5 * length
+    assert len({chunk.tokens.tobytes() for chunk in sampled.values()}) > 3  # samples of one prompt differ
+    for slot, tokens in again.items():
+        row = np.concatenate([tokens, more[slot].tokens]).astype(np.int32)
+        expected = training_log_probs(row)
+        if slot != 7:
+            span = slice(length, length + len(sampled[slot].tokens))
+            np.testing.assert_allclose(sampled[slot].behavior_logp, expected[span], atol=1e-4)
+        np.testing.assert_allclose(more[slot].behavior_logp, expected[len(tokens) : len(row)], atol=1e-4)
+        assert engine.processed(slot).tobytes() == row[:-1].tobytes()
+
+
 def test_chunks_end_at_a_stop_id_at_their_limit_or_with_the_context():
     engine = toy_engine(max_length=24, max_chunk_tokens=5)
     finishes = set()
@@ -166,9 +197,9 @@ def test_nothing_compiles_after_warmup():
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
-    engine = toy_engine(max_chunk_tokens=11)  # nobody else's shapes
+    engine = toy_engine(max_chunk_tokens=11, prompt_rows=1)  # nobody else's shapes
     engine.warmup()
-    assert engine.compilations == 3  # two buckets and the decode loop
+    assert engine.compilations == 5  # two buckets, the prompts, their copy, the decode loop
     assert compiled
     other = jax.tree.map(jnp.copy, toy_params(1))
     compiled.clear()
@@ -178,7 +209,7 @@ def test_nothing_compiles_after_warmup():
         engine.free(slot)
     play(engine, {0: 3}, turns=2, temperature=0.5)
     assert compiled == []
-    assert engine.compilations == 3
+    assert engine.compilations == 5
 
 
 def test_a_key_for_every_position_and_every_trajectory():
@@ -234,6 +265,7 @@ def truncated_softmax(logits, top_k, top_p, temperature):
         ("max_length", 1),
         ("extend_buckets", (8, 4)),
         ("extend_buckets", ()),
+        ("prompt_rows", 0),
         ("max_chunk_tokens", 0),
         ("temperature", -1.0),
         ("top_p", 0.0),

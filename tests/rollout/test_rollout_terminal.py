@@ -78,7 +78,8 @@ def test_the_experts_prefix_is_replayed_for_real_and_earns_the_reward(policy, re
         assert sample.prompt.text == sample.task.instruction
     check_log_probs(policy, samples)
     given = sum(len(p) for s in samples for k, p in s.segments() if k < s.prefix_chunks)
-    assert runner.engine.stats.prefilled_tokens == given
+    stats = runner.engine.stats
+    assert stats.prefilled_tokens + stats.copied_tokens == given
 
 
 def check_log_probs(policy, samples):

@@ -98,7 +98,8 @@ def test_log_probs_of_whole_trajectories_are_those_of_the_training_path():
             start += len(part)
     # every prompt and observation was prefilled exactly once, over all turns
     given = sum(len(part) for t in flat(groups) for chunk, part in t.segments() if chunk < 0)
-    assert runner.engine.stats.prefilled_tokens == given
+    stats = runner.engine.stats
+    assert stats.prefilled_tokens + stats.copied_tokens == given
     assert runner.engine.stats.decoded_tokens == sum(len(c.tokens) for t in flat(groups) for c in t.chunks)
 
 
@@ -131,10 +132,15 @@ def test_greedy_evaluation_makes_the_samples_of_a_group_equal():
 
 def test_new_weights_between_chunks_show_in_versions():
     engine = toy_engine()
-    runner, journal = make_runner(engine=engine)
-    journal.step_fault = lambda env: (
-        journal.calls["step"] == 3 and engine.version == 0 and engine.update_params(toy_params(1), 7)
-    )
+    runner, _ = make_runner(engine=engine)
+    decode = engine.generate
+
+    def generate(*args):
+        if engine.stats.turns == 3:  # before the second turn of the second cohort
+            engine.update_params(toy_params(1), 7)
+        return decode(*args)
+
+    engine.generate = generate
     with runner:
         samples = flat(runner.run(toy_requests(groups=2, size=4, seed=3)))
     stamps = [[int(v) for c in t.chunks for v in c.versions] for t in samples]
@@ -291,7 +297,8 @@ def test_a_trajectory_can_start_from_an_expert_prefix():
     assert len({t.chunks[2].tokens.tobytes() for t in group}) > 1
     # the prompt, the expert's chunks and all observations are given; c is -1 for what is no chunk
     given = sum(len(p) for t in group for c, p in t.segments() if c < 2)
-    assert runner.engine.stats.prefilled_tokens == given
+    stats = runner.engine.stats
+    assert stats.prefilled_tokens + stats.copied_tokens == given
     with pytest.raises(ValueError, match="prefix_chunks: expected"):
         GroupRequest(toy_task(expert.task.id), "r", 1, 0, prefix=expert, prefix_chunks=len(expert.chunks))
     with pytest.raises(ValueError, match="expected task other"):
