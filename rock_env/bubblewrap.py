@@ -167,6 +167,9 @@ class BubblewrapBackend:
     def set_network_policy(self, sandbox: str, policy: NetworkPolicy) -> None:
         self._call(sandbox, "network", policy=policy.to_wire())
 
+    def kill_all(self, sandbox: str) -> None:
+        self._call(sandbox, "kill_all")
+
     def stats(self, sandbox: str) -> SandboxStats:
         return SandboxStats(**self._call(sandbox, "stats")[0])
 

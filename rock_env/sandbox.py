@@ -249,6 +249,13 @@ class Sandbox:
         self.spec = replace(self.spec, network=policy)
 
     # -- life
+    def kill_all(self) -> None:
+        """End every process inside, background jobs and daemons too; files stay, and the sandbox goes on.
+
+        A session's next command gets a fresh shell in the same directory; its variables and functions are lost.
+        """
+        self._backend.kill_all(self.id)
+
     def stats(self) -> SandboxStats:
         return self._backend.stats(self.id)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _READY = b"\x06"
 _START_SECONDS = 20.0
+_KILL_SECONDS = 5.0
 _SHM_BYTES = 16 << 20
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSWD_ENTRY = b"agent:x:1000:1000:agent:/home/agent:/bin/bash\n"
@@ -339,6 +340,28 @@ class Box:
 
     def pids(self) -> list[int]:
         return self._group.pids() if self._group else process.all_pids()
+
+    async def kill_all(self) -> None:
+        """SIGKILL everything inside but the first process; returns when it is gone. Frozen first: no fork escapes."""
+        self.require_alive()
+        spared, deadline = {self._init, self._monitor}, time.monotonic() + _KILL_SECONDS
+        leaders = [self._init, *(s.pid for s in self.sessions.values() if s.is_running)]
+        while self.alive:
+            frozen = self._group is not None and self._group.freeze(True)
+            try:
+                if self._group:
+                    left = process.kill_each(set(self.pids()) - spared)
+                else:
+                    left = sum(process.kill_command(leader, 0, spared, self.pids) for leader in leaders)
+            finally:
+                if frozen and self._group is not None:
+                    self._group.freeze(False)
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise Fault("error", f"kill_all: {left} processes were left after {_KILL_SECONDS:g} s")
+            await self.loop.sleep(0.0005)
+        self.require_alive()
 
     # -- files
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,7 +10,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from rock_env.supervisor import cgroups, linux
@@ -238,6 +239,16 @@ def kill_command(leader: int, since: int, keep: set[int], candidates: Callable[[
                 killed += 1
             except ProcessLookupError:
                 pass
+    return killed
+
+
+def kill_each(pids: Iterable[int]) -> int:
+    """SIGKILL processes. Returns how many there still were."""
+    killed = 0
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
     return killed
 
 

@@ -205,6 +205,10 @@ class Server:
         command = blob.decode("utf-8", "surrogateescape")
         return await self._box(id).session(session).run(command, seconds, output_bytes), b""
 
+    async def do_kill_all(self, blob: bytes, *, id: str) -> Reply:
+        await self._box(id).kill_all()
+        return {}, b""
+
     async def do_alive(self, blob: bytes, *, id: str) -> Reply:
         box = self.boxes.get(id)
         return {"alive": box is not None and box.alive}, b""

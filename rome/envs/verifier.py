@@ -1,8 +1,8 @@
 """The verifier: tests that enter a sandbox after the agent has stopped, and the reward that they write.
 
 The tests run as the same user as the agent did, so the defence is time: every process of the agent is killed first
-(one `kill` to all of them, which no fork can outrun), what it may have put where tests and rewards go is thrown away,
-and only then do the tests enter. They run as a new process with a clean environment.
+(the sandbox sees to it that no fork escapes), what it may have put where tests and rewards go is thrown away, and only
+then do the tests enter. They run as a new process with a clean environment.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ TESTS = "/tests"
 REWARDS = "/logs/verifier"
 _MAX_REWARD_BYTES = 64 * 1024
 
-# `kill -9 -1` reaches every process that this user may signal, at once; the shell that runs it is spared.
 # What can't be removed is moved out of the way: a folder's own permissions don't stop a rename.
-_CLEAR = f"""kill -9 -1 2>/dev/null
-for place in {TESTS} /logs; do
+_CLEAR = f"""for place in {TESTS} /logs; do
   [ -e "$place" ] || [ -L "$place" ] || continue
   chmod -R u+rwX "$place" 2>/dev/null
   rm -rf "$place" 2>/dev/null || mv "$place" "$(mktemp -d)"
@@ -44,7 +42,9 @@ def run_verifier(sandbox: Sandbox, task: HarborTask) -> float:
       EnvFailure: with status verifier_failure when the tests took too long or left no usable reward.
       RockError: the sandbox failed.
     """
-    sandbox.execute(["/bin/sh", "-c", _CLEAR], timeout=task.verifier.timeout_seconds, cwd="/")
+    sandbox.kill_all()
+    if {info.name for info in sandbox.list_files("/")} & {TESTS.strip("/"), "logs"}:  # rarely: it costs a process
+        sandbox.execute(["/bin/sh", "-c", _CLEAR], timeout=task.verifier.timeout_seconds, cwd="/")
     files = {
         f"{TESTS}/{name}": FileEntry(file.content, file.mode | 0o755 if name == "test.sh" else file.mode)
         for name, file in task.verifier.files.items()

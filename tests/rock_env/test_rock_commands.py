@@ -1,10 +1,11 @@
 """Commands: exit codes, signals, timeouts and output are what they say they are, and a session survives everything."""
 
+import threading
 import time
 
 import pytest
 
-from rock_env import Sandbox, SandboxSpec, SpecError
+from rock_env import Sandbox, SandboxDead, SandboxSpec, SpecError
 
 
 def test_session_keeps_directory_variables_and_functions(box):
@@ -237,3 +238,37 @@ def test_killing_everything_inside_does_not_kill_the_sandbox(fresh):
 def test_orphans_are_reaped(fresh):
     fresh.execute("for i in $(seq 20); do (sleep 0.05 &) ; done; sleep 0.4")
     assert fresh.execute("cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true").output == "0\n"
+
+
+def test_kill_all_ends_every_process_and_keeps_the_files(fresh):
+    session = fresh.session()
+    session.run("mkdir work; cd work; x=1; sleep 100 & echo kept > file")
+    fresh.session("other").run("trap '' TERM HUP INT; setsid nohup sleep 100 >/dev/null 2>&1 &")
+    fresh.execute("(while :; do (sleep 0.01 &) ; done) >/dev/null 2>&1 &")  # never the same processes twice
+    fresh.execute("f() { while :; do f & sleep 0.02; wait; done; }; (f >/dev/null 2>&1 &)")
+    time.sleep(0.1)
+    assert fresh.stats().pids > 5
+    fresh.kill_all()
+    idle = fresh.stats().pids
+    assert idle <= 2  # the sandbox's own
+    assert fresh.read_file("work/file") == b"kept\n"
+    assert session.run("pwd; echo [$x]; ls").output == "/app/work\n[]\nfile\n"
+    fresh.session("other").run("echo again > again")
+    assert fresh.read_file("again") == b"again\n"
+    fresh.kill_all()
+    fresh.kill_all()  # nothing to do is fine
+    assert fresh.is_alive
+    fresh.stop()
+    with pytest.raises(SandboxDead):
+        fresh.kill_all()
+
+
+def test_kill_all_ends_a_command_that_another_thread_waits_for(fresh):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(fresh.session().run("sleep 50; echo no")))
+    thread.start()
+    time.sleep(0.3)
+    fresh.kill_all()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert (results[0].exit_code, results[0].signal, results[0].output) == (137, 9, "")
