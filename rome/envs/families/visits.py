@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 
 from rome.envs.families.base import Draft, Draw, Family, Step, Visit, hold, inline, visits
@@ -42,50 +43,48 @@ class Table:
         return "\n".join([self.header, *(" ".join(map(str, row)) for row in rows)])
 
 
-class AggregateNumbers(Family):
-    """Sum a column of each table; where the column stands, its header tells."""
+class ColumnFamily(Family):
+    """Do the same to a column of each table; where the column stands, its header tells."""
+
+    instruction: str
+    """With {column} and {items}."""
+    command: str
+    """With {number}, of the column, and {file}; prints the answer."""
+    answer: Callable[[Table, int], str]
+    """What the command prints, of a table and a column's number."""
+
+    def build(self, draw: Draw, steps: int) -> Draft:
+        column = draw.pick(COLUMNS)
+
+        def visit(name: str) -> Visit:
+            table = Table(draw, column)
+
+            def act(number: int) -> str:
+                return f"{self.command.format(number=number, file=name)} >> answer.txt"
+
+            wrong = tuple(act(number) for number in table.others)
+            answer = type(self).answer(table, table.wanted)
+            return Visit(f"head -1 {name}", table.header, act(table.wanted), wrong, {name: table.text}, answer=answer)
+
+        return visits(draw, steps, self.instruction.format(column=column, items="{items}"), visit, ".csv")
+
+
+class AggregateNumbers(ColumnFamily):
+    """Sum a column of each table."""
 
     name = "aggregate_numbers"
-
-    def build(self, draw: Draw, steps: int) -> Draft:
-        column = draw.pick(COLUMNS)
-
-        def visit(name: str) -> Visit:
-            table = Table(draw, column)
-
-            def act(number: int) -> str:
-                return f"awk '{{s+=${number}}} END {{print s}}' {name} >> answer.txt"
-
-            wrong = tuple(act(number) for number in table.others)
-            files = {name: table.text}
-            return Visit(
-                f"head -1 {name}", table.header, act(table.wanted), wrong, files, answer=table.total(table.wanted)
-            )
-
-        return visits(draw, steps, f"Sum {column} of {{items}} into answer.txt.", visit, ".csv")
+    instruction = "Sum {column} of {items} into answer.txt."
+    command = "awk '{{s+=${number}}} END {{print s}}' {file}"
+    answer = Table.total
 
 
-class SortRecords(Family):
-    """Sort each table by a column; where the column stands, its header tells."""
+class SortRecords(ColumnFamily):
+    """Sort each table by a column."""
 
     name = "sort_records"
-
-    def build(self, draw: Draw, steps: int) -> Draft:
-        column = draw.pick(COLUMNS)
-
-        def visit(name: str) -> Visit:
-            table = Table(draw, column)
-
-            def act(number: int) -> str:
-                return f"sort -nk{number} {name} >> answer.txt"
-
-            wrong = tuple(act(number) for number in table.others)
-            files = {name: table.text}
-            return Visit(
-                f"head -1 {name}", table.header, act(table.wanted), wrong, files, answer=table.ordered(table.wanted)
-            )
-
-        return visits(draw, steps, f"Sort {{items}} by {column} into answer.txt.", visit, ".csv")
+    instruction = "Sort {items} by {column} into answer.txt."
+    command = "sort -nk{number} {file}"
+    answer = Table.ordered
 
 
 class MoveFiles(Family):
