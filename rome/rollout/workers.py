@@ -2,6 +2,11 @@
 
 A call that hangs can't be killed from outside, so it is abandoned: its worker is replaced, its late result is thrown
 away, and whatever it opened late is closed. Workers are daemons: a hung one never keeps the process alive.
+
+Why threads and not asyncio: an environment is a `gymnasium.Env`, whose calls block by contract, and so does the sandbox
+SDK. An event loop would hand them to a pool of threads anyway, asyncio's own, which the interpreter joins at its exit:
+a hung call would keep the process alive. And it costs more: 21 µs of CPU a call with a deadline (`wait_for` of a
+coroutine that does nothing) against 4 µs here, where an environment call takes milliseconds.
 """
 
 from __future__ import annotations
