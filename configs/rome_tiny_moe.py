@@ -12,4 +12,9 @@ def get_config() -> ConfigDict:
     config.model.num_experts = 8
     config.model.num_experts_per_token = 2
     config.model.moe_intermediate_size = 192
+    config.model.moe_dispatch = "auto"
+    config.model.router_aux_loss_coef = 0.0
+    config.model.router_z_loss_coef = 0.0
+    config.engine.record_experts = False
+    config.rl.router_replay = False
     return config

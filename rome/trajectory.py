@@ -60,10 +60,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Tokens (int32[n]) that the environment answered with, framing included. Never trained on."""
+    """Tokens (int32[n]) that the environment answered with, never trained on. `experts` as in Chunk."""
 
     tokens: np.ndarray
     text: str = ""
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Chunk:
       tokens: int32[n], n ≥ 1, the stop token included.
       behavior_logp: float32[n], log-prob of each token under the distribution it was sampled from (the paper's μ).
       versions: int32[n], the policy version that sampled each token.
-      experts: int16[n, layers, k], the routed experts of each token, for MoE policies; else None.
+      experts: int16[n, layers, k], the experts that each token visited in the inference engine, where a MoE policy
+        records them; −1: not known, as of the very last token, which was sampled but never processed. Else None.
       error: the tool call or its execution failed, by the runtime's log (Err of the paper's SFT objective, Eq 2).
     """
 
@@ -129,6 +131,34 @@ class Trajectory:
         """The paper's T⁺: the raw final reward is positive."""
         return self.final_reward is not None and self.final_reward > 0
 
+    def experts(self) -> np.ndarray | None:
+        """int16[num_tokens, layers, k]: the experts that each token visited, −1 where not known; None: unrecorded."""
+        parts = [self.prompt]
+        for index, chunk in enumerate(self.chunks):
+            parts += [chunk, *self.observations[index : index + 1]]
+        shape = next((part.experts.shape[1:] for part in parts if part.experts is not None), None)
+        if shape is None:
+            return None
+        unknown = (np.full((len(p.tokens), *shape), -1, np.int16) if p.experts is None else p.experts for p in parts)
+        return np.concatenate(list(unknown))
+
+    def with_experts(self, experts: np.ndarray) -> Trajectory:
+        """A copy that knows the experts int16[n, layers, k] of its first n tokens, n ≤ num_tokens."""
+        known = np.full((self.num_tokens, *experts.shape[1:]), -1, np.int16)
+        known[: len(experts)] = experts
+        start = 0
+
+        def cut(part: Any) -> Any:
+            nonlocal start
+            start += len(part.tokens)
+            return dataclasses.replace(part, experts=known[start - len(part.tokens) : start].copy())
+
+        prompt, chunks, observations = cut(self.prompt), [], []
+        for index, chunk in enumerate(self.chunks):
+            chunks.append(cut(chunk))
+            observations += map(cut, self.observations[index : index + 1])
+        return dataclasses.replace(self, prompt=prompt, chunks=tuple(chunks), observations=tuple(observations))
+
     def segments(self) -> list[tuple[int, np.ndarray]]:
         """The episode's tokens in order as (chunk index, or −1 for context; int32[n])."""
         parts: list[tuple[int, np.ndarray]] = [(-1, self.prompt.tokens)]
@@ -151,10 +181,16 @@ def _require_array(value: Any, name: str, dtype: type, shape: tuple[int | None, 
     _require(matches, name, f"{np.dtype(dtype).name}{list(shape)}", found)
 
 
+def _require_observation(observation: Observation, where: str) -> None:
+    _require_array(observation.tokens, f"{where}.tokens", np.int32, (None,))
+    if observation.experts is not None:
+        _require_array(observation.experts, f"{where}.experts", np.int16, (len(observation.tokens), None, None))
+
+
 def _validate(trajectory: Trajectory) -> None:
     t, count = trajectory, len(trajectory.chunks)
     _require(isinstance(t.status, Status), f"trajectory {t.id}: status", "a Status", t.status)
-    _require_array(t.prompt.tokens, f"trajectory {t.id}: prompt.tokens", np.int32, (None,))
+    _require_observation(t.prompt, f"trajectory {t.id}: prompt")
     for index, chunk in enumerate(t.chunks):
         where = f"trajectory {t.id}: chunks[{index}]"
         length = len(chunk.tokens)
@@ -169,7 +205,7 @@ def _validate(trajectory: Trajectory) -> None:
         len(t.observations) in allowed, f"trajectory {t.id}: observations", f"{allowed} of them", len(t.observations)
     )
     for index, observation in enumerate(t.observations):
-        _require_array(observation.tokens, f"trajectory {t.id}: observations[{index}].tokens", np.int32, (None,))
+        _require_observation(observation, f"trajectory {t.id}: observations[{index}]")
     if t.status.is_reliable:
         finite = t.final_reward is not None and math.isfinite(t.final_reward)
         _require(finite, f"trajectory {t.id}: final_reward", f"a finite number ({t.status.value})", t.final_reward)
@@ -216,7 +252,8 @@ def _build(cls: type, record: Any, where: str, **converted: Any) -> Any:
 
 def _observation(record: Any, where: str) -> Observation:
     _require(isinstance(record, dict) and "tokens" in record, where, "an Observation", record)
-    return _build(Observation, record, where, tokens=_unpack_array(record["tokens"]))
+    arrays = {name: _unpack_array(record.get(name)) for name in ("tokens", "experts")}
+    return _build(Observation, {"experts": None, **record}, where, **arrays)  # older files have no experts here
 
 
 def _chunk(record: Any, where: str) -> Chunk:

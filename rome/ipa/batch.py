@@ -26,6 +26,8 @@ class PolicyBatch:
     returns        float32[B, C]   G (Eq 7), from `trajectory_returns`
     positive       bool[B, C]      the chunk's trajectory is in T+, by its raw final reward
     imitation      bool[B, C]      an expert's chunk: trained by L_IL (Eq 10), never by L_RL
+    experts        int16[B, T, L, K], or None: the experts that each token visited at rollout, -1 = not known; for the
+                                   model of the training engine (router replay), no objective reads it
     """
 
     tokens: Array
@@ -37,6 +39,7 @@ class PolicyBatch:
     returns: Array
     positive: Array
     imitation: Array
+    experts: Array | None = None
 
     def replace(self, **changes: Array) -> PolicyBatch:
         """A copy with some arrays changed."""

@@ -4,22 +4,32 @@ from rome.models.cache import KVCache, extend, init_cache
 from rome.models.chat import ChatRenderer, Message, ParsedChunk, RenderError
 from rome.models.config import ConfigError, ModelConfig, RopeScaling
 from rome.models.induction import init_induction
+from rome.models.kernels import KernelError
 from rome.models.logprobs import TokenScores, score_tokens
 from rome.models.params import ParamSpec, count_params, init_params, param_specs
 from rome.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError, train_tokenizer
-from rome.models.transformer import forward, hidden_states, token_log_probs, unstack_layers
+from rome.models.transformer import (
+    SequenceScores,
+    forward,
+    hidden_states,
+    score_sequences,
+    token_log_probs,
+    unstack_layers,
+)
 
 __all__ = [
     "SPECIAL_TOKENS",
     "ChatRenderer",
     "ConfigError",
     "KVCache",
+    "KernelError",
     "Message",
     "ModelConfig",
     "ParamSpec",
     "ParsedChunk",
     "RenderError",
     "RopeScaling",
+    "SequenceScores",
     "TokenScores",
     "Tokenizer",
     "TokenizerError",
@@ -31,6 +41,7 @@ __all__ = [
     "init_induction",
     "init_params",
     "param_specs",
+    "score_sequences",
     "score_tokens",
     "token_log_probs",
     "train_tokenizer",

@@ -24,11 +24,15 @@ from rome.models.transformer import (
 @flax.struct.dataclass
 class KVCache:
     """Keys [B, K, h, max_length] and values [B, K, max_length, h] of B slots, a tuple over layers each; the first
-    ``length`` int32[B] columns are valid. Both are laid out so that a decode step's products read them in order."""
+    ``length`` int32[B] columns are valid. Both are laid out so that a decode step's products read them in order.
+
+    ``experts`` int16[B, max_length, K], a tuple over the layers with a router, are those that each token visited; () if
+    not recorded."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length: jax.Array
+    experts: tuple[jax.Array, ...] = ()
 
     @property
     def max_length(self) -> int:
@@ -39,19 +43,25 @@ class KVCache:
         return replace(self, length=jnp.where(slots, 0, self.length))
 
 
-def init_cache(config: ModelConfig, batch: int, max_length: int) -> KVCache:
+def init_cache(config: ModelConfig, batch: int, max_length: int, record_experts: bool = False) -> KVCache:
     """An empty cache of ``batch`` slots with room for ``max_length`` tokens each, in ``config.dtype``.
 
     Raises:
-        ConfigError: ``max_length`` is more than the model's ``max_position_embeddings``.
+        ConfigError: ``max_length`` is more than the model's ``max_position_embeddings``, or there are no experts to
+            record.
     """
+    if record_experts and not config.is_moe:
+        raise ConfigError("record_experts: expected a mixture of experts, got a dense model")
     longest = config.max_position_embeddings
     if longest and max_length > longest:
         raise ConfigError(f"max_length: expected at most max_position_embeddings = {longest}, got {max_length}")
     shape = (batch, config.num_kv_heads, config.head_dim, max_length)
     keys = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
     values = tuple(jnp.zeros((*shape[:2], max_length, config.head_dim), config.dtype) for _ in range(config.num_layers))
-    return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
+    recorded = config.routed_layers * record_experts
+    visited = (batch, max_length, config.num_experts_per_token)
+    experts = tuple(jnp.zeros(visited, jnp.int16) for _ in range(recorded))
+    return KVCache(keys, values, jnp.zeros((batch,), jnp.int32), experts)
 
 
 def extend(
@@ -83,7 +93,7 @@ def extend(
         bias[window] = jnp.where((behind_BxSxL >= 0) & (behind_BxSxL < window), 0.0, MASKED)
 
     x = embed(params, config, tokens)
-    keys, values = [], []
+    keys, values, visited = [], [], []
     for index in range(config.num_layers):
         window = config.sliding_window if index in config.sliding_layers else 0
 
@@ -92,13 +102,19 @@ def extend(
             v = cache.values[index].at[rows, :, columns].set(_by_token(v), mode="drop")
             return _attend_cache(q, k, v, bias[window]), (k, v)
 
-        x, (k, v) = decoder_layer(x, layer_params(params, config, index), config, rope, attend)
+        x, (k, v), routed = decoder_layer(x, layer_params(params, config, index), config, rope, attend)
         keys.append(k)
         values.append(v)
+        if routed.experts is not None:
+            visited.append(routed.experts.astype(jnp.int16))
+    experts = tuple(
+        held.at[rows, columns].set(new, mode="drop")
+        for held, new in zip(cache.experts, visited[: len(cache.experts)], strict=True)
+    )
     last = jnp.maximum(counts - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     logits = unembed(params, config, rms_norm(x, params["final_norm"], config.rms_norm_eps))
-    return logits, KVCache(tuple(keys), tuple(values), cache.length + counts)
+    return logits, KVCache(tuple(keys), tuple(values), cache.length + counts, experts)
 
 
 def _by_token(new_BxKxSxh: jax.Array) -> jax.Array:

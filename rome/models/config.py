@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DISPATCHES = ("auto", "dense", "sparse", "ragged")
+_KERNELS = ("auto", "xla", "cudnn", "splash")
 _ROPE_KINDS = ("linear", "llama3", "yarn")
 
 
@@ -78,7 +79,9 @@ class ModelConfig:
     parameters; norms, softmax, routing and log-probs are float32 whatever the two say.
 
     ``head_chunk`` is how many tokens `token_log_probs` turns into logits at a time. ``moe_dispatch`` picks how tokens
-    reach their experts (`rome.models.moe`); ``auto`` takes the one with less to multiply.
+    reach their experts (`rome.models.moe`), ``attention_kernel`` who multiplies queries and keys
+    (`rome.models.kernels`); ``auto`` takes what suits the shapes and the platform.
+    ``router_aux_loss_coef`` and ``router_z_loss_coef`` weigh the router's load-balance and z-loss in training (0: off).
     ``scan_layers`` compiles one layer and loops over it; unrolled layers compile longer and run faster when small.
 
     Raises:
@@ -110,6 +113,9 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = ()
     norm_topk_prob: bool = True
     moe_dispatch: str = "auto"
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    attention_kernel: str = "auto"
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
@@ -126,6 +132,10 @@ class ModelConfig:
         _require(self.dtype in _DTYPES, "dtype", f"one of {_DTYPES}", self.dtype)
         _require(self.param_dtype in _DTYPES, "param_dtype", f"one of {_DTYPES}", self.param_dtype)
         _require(self.moe_dispatch in _DISPATCHES, "moe_dispatch", f"one of {_DISPATCHES}", self.moe_dispatch)
+        _require(self.attention_kernel in _KERNELS, "attention_kernel", f"one of {_KERNELS}", self.attention_kernel)
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            value = getattr(self, name)
+            _require(value == 0 or (value > 0 and self.is_moe), name, "0, or a positive number with experts", value)
         size = self.max_position_embeddings
         _require(size >= 0, "max_position_embeddings", "0 or a positive integer", size)
         self._require_layers("sliding_layers")
@@ -156,6 +166,11 @@ class ModelConfig:
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
+
+    @property
+    def routed_layers(self) -> int:
+        """How many layers have a router."""
+        return self.num_layers - len(self.dense_layers) if self.is_moe else 0
 
     @property
     def has_dense_mlp(self) -> bool:

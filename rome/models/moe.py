@@ -51,32 +51,58 @@ class Experts(NamedTuple):
 Dispatch = Callable[[jax.Array, Routing, Experts], jax.Array]
 
 
-def route(
-    x_NxD: jax.Array, router_DxE: jax.Array, config: ModelConfig, replayed_NxK: jax.Array | None = None
-) -> Routing:
+def route(x: jax.Array, router_DxE: jax.Array, config: ModelConfig, replayed: jax.Array | None = None) -> Routing:
     """Top-k of a float32 softmax over experts (Qwen3-MoE), renormalised to sum to one if ``norm_topk_prob``.
 
-    ``replayed_NxK`` are the experts that each token visits instead of its top-k, of any integer dtype (router replay:
-    Ma et al. 2025, arXiv 2510.11370). Their weights are still this router's, and carry its gradient. A token whose
-    first is negative has none recorded, and is routed as ever.
+    Args:
+        x: [..., D], what the layer's experts will see.
+        router_DxE: the router's weights.
+        config: the model's config.
+        replayed: [..., K], any integer dtype: the experts that each token visits instead of its top-k (router replay:
+            Ma et al. 2025, arXiv 2510.11370). Their weights are still this router's, and carry its gradient. A token
+            whose first is negative has none recorded, and is routed as ever.
     """
-    probs = jax.nn.softmax(_router_logits(x_NxD, router_DxE), axis=-1)
+    probs = jax.nn.softmax(_router_logits(x, router_DxE), axis=-1)
     weights, experts = jax.lax.top_k(probs, config.num_experts_per_token)
-    if replayed_NxK is not None:
-        experts = jnp.where(replayed_NxK[:, :1] >= 0, replayed_NxK.astype(experts.dtype), experts)
+    if replayed is not None:
+        experts = jnp.where(replayed[..., :1] >= 0, replayed.astype(experts.dtype), experts)
         # by comparison: the gradient of a gather would be a scatter, slow on CPU
-        weights = jnp.where(_one_hot(experts, probs), probs[:, None], 0.0).sum(axis=-1)
+        weights = jnp.where(_is_expert(experts, config), probs[..., None, :], 0.0).sum(axis=-1)
     if config.norm_topk_prob:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return Routing(experts, weights)
 
 
-def _router_logits(x_NxD: jax.Array, router_DxE: jax.Array) -> jax.Array:
-    return jnp.einsum("nd,de->ne", x_NxD, router_DxE.astype(x_NxD.dtype), preferred_element_type=jnp.float32)
+def _router_logits(x: jax.Array, router_DxE: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,de->...e", x, router_DxE.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _one_hot(experts_NxK: jax.Array, probs_NxE: jax.Array) -> jax.Array:
-    return experts_NxK[..., None] == jnp.arange(probs_NxE.shape[-1])
+def _is_expert(experts: jax.Array, config: ModelConfig) -> jax.Array:
+    """One-hot bool[..., K, E]."""
+    return experts[..., None] == jnp.arange(config.num_experts)
+
+
+def router_loss(
+    x: jax.Array, router_DxE: jax.Array, routing: Routing, counted: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """One layer's weighted router losses over the tokens where bool[...] ``counted``, float32[]; 0 if there are none.
+
+    Load balance (Fedus et al. 2021, Eq 4): E Σ_e f_e P_e, with f_e the share of visits that expert e gets and P_e its
+    mean probability: 1 when balanced, E / K when K experts get everything. (Hugging Face's is K times that.) Router
+    z-loss (Zoph et al. 2022, Eq 5): the mean of log²(sum exp logits).
+    """
+    logits = _router_logits(x, router_DxE)  # `route` has them too: the compiler computes them once
+    tokens = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+    axes = tuple(range(counted.ndim))
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.where(counted.reshape(*counted.shape, *[1] * (values.ndim - counted.ndim)), values, 0.0).sum(axes)
+
+    visits_E = total(_is_expert(routing.experts, config).sum(axis=-2, dtype=jnp.float32)) / tokens
+    probs_E = total(jax.nn.softmax(logits, axis=-1)) / tokens
+    balance = config.num_experts / config.num_experts_per_token * (visits_E * probs_E).sum()
+    z = total(jax.nn.logsumexp(logits, axis=-1) ** 2) / tokens
+    return config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
 
 
 def dense_dispatch(x_NxD: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
@@ -243,7 +269,8 @@ def pick_dispatch(config: ModelConfig, num_tokens: int) -> Dispatch:
     return ragged_dispatch if jax.default_backend() == "tpu" else sparse_dispatch
 
 
-def moe_mlp(x_NxD: jax.Array, router_DxE: jax.Array, experts: Experts, config: ModelConfig) -> jax.Array:
-    """Routed SwiGLU feed-forward: [N, D] -> [N, D]."""
-    dispatch = pick_dispatch(config, x_NxD.shape[0])
-    return dispatch(x_NxD, route(x_NxD, router_DxE, config), experts)
+def moe_mlp(x: jax.Array, routing: Routing, experts: Experts, config: ModelConfig) -> jax.Array:
+    """Routed SwiGLU feed-forward: [..., D] -> [..., D], with a routing [..., K]."""
+    x_NxD = x.reshape(-1, x.shape[-1])
+    routing_NxK = Routing(*(part.reshape(x_NxD.shape[0], -1) for part in routing))
+    return pick_dispatch(config, x_NxD.shape[0])(x_NxD, routing_NxK, experts).reshape(x.shape)

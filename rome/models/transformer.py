@@ -7,15 +7,15 @@ heads a key/value head, h head_dim, V vocabulary, N tokens of all rows in one ax
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rome.models.attention import packed_attention
-from rome.models.config import ModelConfig
+from rome.models.config import ConfigError, ModelConfig
 from rome.models.logprobs import score_tokens
-from rome.models.moe import Experts, moe_mlp
+from rome.models.moe import Experts, moe_mlp, route, router_loss
 from rome.models.params import LayerRun, Params, layer_runs
 from rome.models.rope import apply_rope, rope_tables
 
@@ -30,11 +30,18 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
 
 
 def decoder_layer(
-    x_BxTxD: jax.Array, layer: Params, config: ModelConfig, rope: tuple[jax.Array, jax.Array], attend: Attend
-) -> tuple[jax.Array, Any]:
+    x_BxTxD: jax.Array,
+    layer: Params,
+    config: ModelConfig,
+    rope: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    replayed_BxTxK: jax.Array | None = None,
+    counted_BxT: jax.Array | None = None,
+) -> tuple[jax.Array, Any, Routed]:
     """One pre-norm block. ``attend`` mixes tokens (over a packed row, or over a cache) and may return new state.
 
     It gets queries [B, K, G, T, h], keys and values [B, K, T, h], and gives mixed values in the shape of the queries.
+    ``replayed_BxTxK`` and ``counted_BxT`` are for the router: see `route` and `router_loss`.
     """
     dtype, eps = x_BxTxD.dtype, config.rms_norm_eps
     layer = jax.tree.map(lambda w: w.astype(dtype), layer)
@@ -47,7 +54,8 @@ def decoder_layer(
     mixed, state = attend(q.reshape(batch, config.num_kv_heads, -1, time, head_dim), k, v)
     mixed_BxTxn = jnp.swapaxes(mixed.reshape(q.shape), 1, 2).reshape(batch, time, -1)
     x = x_BxTxD + _biased(linear(mixed_BxTxn, layer["wo"].reshape(-1, x_BxTxD.shape[-1])), layer.get("o_bias"))
-    return x + mlp(rms_norm(x, layer["mlp_norm"], eps), layer, config), state
+    y, routed = mlp(rms_norm(x, layer["mlp_norm"], eps), layer, config, replayed_BxTxK, counted_BxT)
+    return x + y, state, routed
 
 
 @jax.custom_vjp
@@ -85,14 +93,31 @@ def project_heads(y_BxTxD: jax.Array, weights_DxHxh: jax.Array, bias_Hxh: jax.Ar
     return jnp.swapaxes(_biased(projected.reshape(*y_BxTxD.shape[:2], heads, head_dim), bias_Hxh), 1, 2)
 
 
-def mlp(y_BxTxD: jax.Array, layer: Params, config: ModelConfig) -> jax.Array:
+class Routed(NamedTuple):
+    """What a layer's router did: ``experts`` int32[B, T, K], None in a dense layer; ``loss`` float32[], None if off."""
+
+    experts: jax.Array | None
+    loss: jax.Array | None
+
+
+def mlp(
+    y_BxTxD: jax.Array,
+    layer: Params,
+    config: ModelConfig,
+    replayed_BxTxK: jax.Array | None = None,
+    counted_BxT: jax.Array | None = None,
+) -> tuple[jax.Array, Routed]:
     """SwiGLU feed-forward, dense or (where the layer has a router) routed."""
     if "router" in layer:
+        routing = route(y_BxTxD, layer["router"], config, replayed_BxTxK)
+        loss = None
+        if counted_BxT is not None and (config.router_aux_loss_coef or config.router_z_loss_coef):
+            loss = router_loss(y_BxTxD, layer["router"], routing, counted_BxT, config)
         experts = Experts(layer["gate"], layer["up"], layer["down"])
-        return moe_mlp(y_BxTxD.reshape(-1, y_BxTxD.shape[-1]), layer["router"], experts, config).reshape(y_BxTxD.shape)
+        return moe_mlp(y_BxTxD, routing, experts, config), Routed(routing.experts, loss)
     gate = _biased(linear(y_BxTxD, layer["gate"]), layer.get("gate_bias"))
     up = _biased(linear(y_BxTxD, layer["up"]), layer.get("up_bias"))
-    return _biased(linear(jax.nn.silu(gate) * up, layer["down"]), layer.get("down_bias"))
+    return _biased(linear(jax.nn.silu(gate) * up, layer["down"]), layer.get("down_bias")), Routed(None, None)
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -109,28 +134,61 @@ def hidden_states(
     params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
     """Final normalised hidden states [B, T, D] in ``config.dtype``. Arguments as in `forward`."""
+    return _transform(params, config, tokens, positions, segment_ids, None)[0]
+
+
+def _transform(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    experts_BxTxLxK: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [B, T, D], and the router losses float32[], averaged over the layers that have a router."""
+    _check_replay(config, tokens, experts_BxTxLxK)
     rope = rope_tables(positions, config)
     x = embed(params, config, tokens)
-    first = 0
+    first, losses = 0, []
     for run in layer_runs(config):
-        step = _layer_step(config, rope, segment_ids, run.window)
+        step, count = _layer_step(config, rope, segment_ids, run.window), run.stop - run.start
+        replayed = None
+        if experts_BxTxLxK is not None and run.stack == "layers":
+            replayed = jnp.moveaxis(experts_BxTxLxK[:, :, run.start : run.stop], 2, 0)
         if config.scan_layers and isinstance(params["layers"], dict):
-            x, _ = jax.lax.scan(step, x, _run_params(params, run))
+            x, loss = jax.lax.scan(step, x, (_run_params(params, run), replayed))
+            losses.append(loss)
         else:
-            for index in range(first, first + run.stop - run.start):
-                x, _ = step(x, layer_params(params, config, index))
-        first += run.stop - run.start
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+            for row in range(count):
+                inputs = layer_params(params, config, first + row), None if replayed is None else replayed[row]
+                x, loss = step(x, inputs)
+                losses.append(loss)
+        first += count
+    total = sum((loss.sum() for loss in losses if loss is not None), jnp.float32(0))
+    x = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    return x, total / max(config.routed_layers, 1)
+
+
+def _check_replay(config: ModelConfig, tokens: jax.Array, experts: jax.Array | None) -> None:
+    if experts is None:
+        return
+    if not config.is_moe:
+        raise ConfigError("replayed experts: expected None for a dense model")
+    expected = (*tokens.shape, config.routed_layers, config.num_experts_per_token)
+    if experts.shape != expected:
+        raise ConfigError(f"replayed experts: expected shape {expected}, got {experts.shape}")
 
 
 def _layer_step(
     config: ModelConfig, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array, window: int | None
-) -> Callable[[jax.Array, Params], tuple[jax.Array, None]]:
+) -> Callable[[jax.Array, tuple[Params, jax.Array | None]], tuple[jax.Array, jax.Array | None]]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return packed_attention(q, k, v, segment_ids, window), None
+        return packed_attention(q, k, v, segment_ids, window, kernel=config.attention_kernel), None
 
-    def step(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        return decoder_layer(x, layer, config, rope, attend)
+    def step(x: jax.Array, inputs: tuple[Params, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        layer, replayed = inputs
+        x, _, routed = decoder_layer(x, layer, config, rope, attend, replayed, segment_ids != 0)
+        return x, routed.loss
 
     return jax.checkpoint(step) if config.remat else step
 
@@ -175,6 +233,14 @@ def forward(
     return unembed(params, config, hidden_states(params, config, tokens, positions, segment_ids))
 
 
+class SequenceScores(NamedTuple):
+    """``logp`` and ``entropy`` float32[B, T] as in `token_log_probs`; ``router_loss`` float32[], weighted, 0 if off."""
+
+    logp: jax.Array
+    entropy: jax.Array
+    router_loss: jax.Array
+
+
 def token_log_probs(
     params: Params,
     config: ModelConfig,
@@ -189,7 +255,27 @@ def token_log_probs(
     ``entropy[b, t]`` the entropy (nats) of the same distribution. Both are 0 at the first token of a segment and on
     padding. At most ``config.head_chunk`` tokens' logits exist at a time, in the backward pass too.
     """
-    hidden = hidden_states(params, config, tokens, positions, segment_ids)
+    return score_sequences(params, config, tokens, positions, segment_ids, temperature)[:2]
+
+
+def score_sequences(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    experts: jax.Array | None = None,
+) -> SequenceScores:
+    """`token_log_probs` with what a mixture of experts needs in training.
+
+    ``experts`` int[B, T, L, K] are the experts to visit in the L layers that have a router (router replay, see
+    `rome.models.moe.route`), negative where none were recorded. The router losses count the tokens of all segments.
+
+    Raises:
+        ConfigError: ``experts`` has another shape, or the model has none.
+    """
+    hidden, router_loss = _transform(params, config, tokens, positions, segment_ids, experts)
     # hidden t predicts token t + 1; the last one of a row predicts nothing
     targets = jnp.roll(tokens, -1, axis=1)
     tied = config.tie_embeddings
@@ -200,4 +286,4 @@ def token_log_probs(
     def align(values: jax.Array) -> jax.Array:
         return jnp.pad(jnp.where(follows, values[:, :-1], 0.0), ((0, 0), (1, 0)))
 
-    return align(scores.logp), align(scores.entropy)
+    return SequenceScores(align(scores.logp), align(scores.entropy), router_loss)

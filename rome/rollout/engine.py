@@ -51,6 +51,7 @@ class EngineConfig:
       max_chunk_tokens: tokens a chunk may have; without a stop id by then it ends as `Finish.LENGTH`.
       temperature: of sampling; 0 is greedy. `generate` may override it (no recompile).
       top_p, top_k: truncation of the sampling distribution; 1 and 0 switch it off.
+      record_experts: keep which experts each token visits, for router replay; of a mixture of experts only.
     """
 
     slots: int = 64
@@ -62,6 +63,7 @@ class EngineConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    record_experts: bool = False
 
     def __post_init__(self) -> None:
         buckets = tuple(self.extend_buckets)
@@ -163,6 +165,8 @@ class DecodeEngine:
             )
         if config.top_k > model_config.vocab_size:
             raise EngineError(f"top_k: expected at most {model_config.vocab_size}, found {config.top_k}")
+        if config.record_experts and not model_config.is_moe:
+            raise EngineError("record_experts: expected False of a policy without experts, found True")
         self.config, self.model_config, self.pad_id = config, model_config, pad_id
         self.stats = EngineStats()
         self._compiled = _compiled(model_config, config.max_length, config.max_chunk_tokens, config.top_k, config.top_p)
@@ -226,6 +230,14 @@ class DecodeEngine:
         """The tokens (int32[n]) that the slot's cache holds. The next delta continues exactly these."""
         return self._held[slot, : self._lengths[slot]]
 
+    def routed_experts(self, slot: int) -> np.ndarray:
+        """int16[n, layers, k]: the experts that each token of `processed(slot)` visited. Needs `record_experts`."""
+        if not self.config.record_experts:
+            raise EngineError("routed_experts: expected an engine that was made with record_experts")
+        cohort, row = divmod(slot, self.config.slots_per_cohort)
+        recorded = _row_of(self._states[cohort].cache.experts, np.int32(row))
+        return np.asarray(recorded)[: self._lengths[slot]]
+
     def warmup(self) -> None:
         """Compiles every shape. Call it while no slot is in use; nothing compiles afterwards."""
         if self._occupied.any():
@@ -240,7 +252,9 @@ class DecodeEngine:
         some = slice(self._prompt_rows)
         prompts = self._compiled.append(params, prompts, tokens[some], counts[some], idle[some])  # the largest bucket
         state = self._compiled.share(state, prompts, counts - 1)
-        _, out = self._compiled.decode(params, state, keys, idle, temperature, self._stop_ids)
+        state, out = self._compiled.decode(params, state, keys, idle, temperature, self._stop_ids)
+        if self.config.record_experts:
+            _row_of(state.cache.experts, np.int32(0))
         jax.block_until_ready(out)
 
     def generate(
@@ -297,7 +311,7 @@ class DecodeEngine:
             self._states[cohort] = self._empty_state(self.config.slots_per_cohort)
 
     def _empty_state(self, rows: int) -> DecodeState:
-        cache = init_cache(self.model_config, rows, self.config.max_length)
+        cache = init_cache(self.model_config, rows, self.config.max_length, self.config.record_experts)
         return DecodeState(cache, jnp.zeros((rows, self.model_config.vocab_size), jnp.float32))
 
     def _check_deltas(self, cohort: int, deltas: Mapping[int, np.ndarray]) -> None:
@@ -477,6 +491,12 @@ def _decode(
     finish = jnp.where(stopped, 0, jnp.where(live, 1, 2)).astype(jnp.int32)  # the order of Finish
     packed = out.transpose(2, 1, 0).reshape(rows, 3 * size)
     return DecodeState(cache, state.logits), jnp.concatenate([packed, count[:, None], finish[:, None]], axis=1)
+
+
+@jax.jit
+def _row_of(experts: tuple[jax.Array, ...], row: jax.Array) -> jax.Array:
+    """Of int16[B, max_length, k] a layer: int16[max_length, layers, k] of one row."""
+    return jnp.stack([layer[row] for layer in experts], axis=1)
 
 
 def _bits(values: jax.Array) -> jax.Array:

@@ -280,6 +280,8 @@ class RolloutRunner:
             trajectory = episode.answered(self.renderer, job.value)
             episode.job = None
             if trajectory is not None:
+                if self.engine.config.record_experts:
+                    trajectory = trajectory.with_experts(self.engine.routed_experts(episode.slot))
                 self._release(episode)
                 self._record(group, episode.sample, trajectory)
 

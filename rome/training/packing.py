@@ -31,7 +31,10 @@ class Place:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """`tokens, positions, segment_ids, chunk_ids` int32[R, T], `behavior_logp` float32[R, T], a Place a trajectory."""
+    """`tokens, positions, segment_ids, chunk_ids` int32[R, T], `behavior_logp` float32[R, T], a Place a trajectory.
+
+    `experts` int16[R, T, L, k], if asked for: the experts that each token visited at rollout, −1 where not known.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -40,6 +43,7 @@ class PackedRows:
     behavior_logp: np.ndarray
     places: tuple[Place, ...]
     max_chunks: int
+    experts: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -89,12 +93,17 @@ def _assign(lengths: list[int], chunks: list[int], row_length: int, max_chunks: 
 
 
 def pack_trajectories(
-    trajectories: Sequence[Trajectory], row_length: int, max_chunks: int, rows_multiple: int = 1
+    trajectories: Sequence[Trajectory],
+    row_length: int,
+    max_chunks: int,
+    rows_multiple: int = 1,
+    routed: tuple[int, int] | None = None,
 ) -> PackedRows:
     """Packs whole trajectories into rows of `row_length` tokens and at most `max_chunks` chunks.
 
     Observations after the last chunk condition nothing that is trained and are left out. The number of rows is padded
-    with empty ones to a multiple of `rows_multiple`. Raises PackingError if a trajectory can't fit in one row.
+    with empty ones to a multiple of `rows_multiple`. With `routed` = (layers with a router, experts a token) the rows
+    carry the recorded experts. Raises PackingError if a trajectory can't fit in one row, or recorded others.
     """
     segments = [t.segments()[: 2 * len(t.chunks)] for t in trajectories]
     lengths = [sum(len(tokens) for _, tokens in parts) for parts in segments]
@@ -126,4 +135,22 @@ def pack_trajectories(
                 behavior_logp[row, at : at + len(part)] = trajectory.chunks[index].behavior_logp
             at += len(part)
         places.append(Place(row, start, length, first, len(trajectory.chunks)))
-    return PackedRows(tokens, positions, segment_ids, chunk_ids, behavior_logp, tuple(places), max_chunks)
+    experts = None if routed is None else _packed_experts(trajectories, places, tokens.shape, routed)
+    return PackedRows(tokens, positions, segment_ids, chunk_ids, behavior_logp, tuple(places), max_chunks, experts)
+
+
+def _packed_experts(
+    trajectories: Sequence[Trajectory], places: Sequence[Place], shape: tuple[int, ...], routed: tuple[int, int]
+) -> np.ndarray:
+    packed = np.full((*shape, *routed), -1, np.int16)
+    for trajectory, place in zip(trajectories, places, strict=True):
+        experts = trajectory.experts()
+        if experts is None:
+            continue
+        if experts.shape[1:] != routed:
+            raise PackingError(
+                f"trajectory {trajectory.id}: expected {routed[1]} experts a token in {routed[0]} layers, "
+                f"found {experts.shape[2]} in {experts.shape[1]}"
+            )
+        packed[place.row, place.start : place.start + place.length] = experts[: place.length]
+    return packed

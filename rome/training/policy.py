@@ -29,6 +29,7 @@ class PolicySettings:
       updates_per_batch: 1 is on-policy (π_old = π_θ); more split the batch and use the importance ratio.
       skip_inert: leave out of the forward pass what has return 0 everywhere: its gradient is exactly 0, and the
         normaliser still counts it. Its ratios don't show in the metrics, in steps that are kept for the viewer either.
+      router_replay: a mixture of experts visits, in training, the experts that its rollout recorded.
       save_every: steps between batches kept for the report's viewer.
       optimizer: of this stage.
     """
@@ -42,6 +43,7 @@ class PolicySettings:
     optimizer: OptimizerConfig
     updates_per_batch: int = 1
     skip_inert: bool = True
+    router_replay: bool = False
     save_every: int = 25
 
     def __post_init__(self) -> None:
@@ -73,7 +75,10 @@ class PolicyTrainer:
         settings: PolicySettings,
         temperature: float = 1.0,
     ) -> None:
+        if settings.router_replay and not model.is_moe:
+            raise ValueError("router_replay: expected False of a policy without experts, found True")
         self._objective, self._settings = objective, settings
+        self._routed = (model.routed_layers, model.num_experts_per_token) if settings.router_replay else None
         on_policy = settings.updates_per_batch == 1
         self._step = PolicyStep(model, objective, optimizer, on_policy, temperature)
         self._compute_returns = jax.jit(partial(trajectory_returns, config=objective), static_argnums=2)
@@ -93,7 +98,8 @@ class PolicyTrainer:
         batch = self._batches([], np.zeros((0, width), np.float32), {})[1][0]
         totals = self._add(Totals(np.float32(0), np.float32(0)), self._totals(batch))
         gradients = self._step.zeros(state.params)
-        gradients, (_, metrics, _) = self._step.accumulate(state.params, gradients, batch, totals)
+        share = np.float32(1)
+        gradients, (_, metrics, _) = self._step.accumulate(state.params, gradients, batch, totals, share)
         self._merge(metrics, metrics)
         if s.updates_per_batch > 1 or s.skip_inert:
             self._step.log_probs(state.params, batch)
@@ -146,7 +152,7 @@ class PolicyTrainer:
     ) -> tuple[PackedRows, list[PolicyBatch]]:
         """The trajectories as packed rows, and these as micro-batches. `old`: π_old by trajectory id, where known."""
         s = self._settings
-        rows = pack_trajectories(trajectories, s.row_length, s.max_chunks, s.micro_rows)
+        rows = pack_trajectories(trajectories, s.row_length, s.max_chunks, s.micro_rows, self._routed)
         old_logp = np.zeros_like(rows.behavior_logp)
         _place(old, trajectories, rows, old_logp)
         whole = PolicyBatch(
@@ -159,6 +165,7 @@ class PolicyTrainer:
             returns=rows.table(list(returns), np.float32),
             positive=rows.table([t.succeeded for t in trajectories], bool, False),
             imitation=rows.table([np.arange(len(t.chunks)) < t.prefix_chunks for t in trajectories], bool, False),
+            experts=rows.experts,
         )
         starts = range(0, rows.num_rows, s.micro_rows)
         return rows, [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
@@ -191,8 +198,9 @@ class PolicyTrainer:
         for batch in (*batches, *inert_batches):
             totals = self._add(totals, self._totals(batch))
         gradients, merged, logps = self._step.zeros(state.params), None, []
-        for batch in batches:
-            gradients, (_, metrics, logp) = self._step.accumulate(state.params, gradients, batch, totals)
+        sizes = np.array([np.count_nonzero(batch.segment_ids) for batch in batches], np.float32)
+        for batch, share in zip(batches, sizes / sizes.sum(), strict=True):
+            gradients, (_, metrics, logp) = self._step.accumulate(state.params, gradients, batch, totals, share)
             merged = metrics if merged is None else self._merge(merged, metrics)
             logps.append(logp)
         if annotate:

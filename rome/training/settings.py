@@ -173,6 +173,10 @@ class RunSettings:
                 f"rl.max_chunks: expected at least environment.max_chunks = {self.environment.max_chunks}, "
                 f"found {self.rl.max_chunks}"
             )
+        if self.rl.router_replay and not self.engine.record_experts:
+            raise ValueError("rl.router_replay: expected engine.record_experts to be True too, found False")
+        if self.engine.record_experts and not self.model.get("num_experts"):
+            raise ValueError("engine.record_experts: expected model.num_experts > 0, found a dense model")
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model with the vocabulary that its tokenizer really has."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from rome.ipa import ObjectiveConfig, PolicyBatch, policy_loss, sft_loss
-from rome.models import ModelConfig, token_log_probs
+from rome.models import ModelConfig, SequenceScores, score_sequences
 from rome.training.state import Params, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -36,12 +36,13 @@ def make_supervised_step(
 ) -> Callable[[TrainState, SupervisedBatch], tuple[TrainState, Metrics]]:
     """One update of the error-masked SFT objective (paper, Eq 1–2); continued pre-training uses it with one chunk.
 
-    Returns `train/loss` (nats a trained token) and `train/grad_norm` (before clipping), float32[].
+    Returns `train/loss` (nats a trained token, plus the router losses that the config weighs) and `train/grad_norm`
+    (before clipping), float32[].
     """
 
     def loss_fn(params: Params, batch: SupervisedBatch) -> jax.Array:
-        logp, _ = token_log_probs(params, config, batch.tokens, batch.positions, batch.segment_ids)
-        return sft_loss(logp, batch.chunk_ids, batch.chunk_mask)
+        scores = score_sequences(params, config, batch.tokens, batch.positions, batch.segment_ids)
+        return sft_loss(scores.logp, batch.chunk_ids, batch.chunk_mask) + scores.router_loss
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: SupervisedBatch) -> tuple[TrainState, Metrics]:
@@ -64,7 +65,8 @@ class PolicyStep:
     """One policy update in three jitted parts: `accumulate` micro-batches, then `apply`; `log_probs` gives π_old.
 
     With `on_policy` there is one update a batch, so π_old is π_θ at the point of differentiation: it is taken from the
-    same forward pass, behind a stop_gradient, and the batch's `old_logp` is not read.
+    same forward pass, behind a stop_gradient, and the batch's `old_logp` is not read. `share` is the fraction of the
+    update's tokens that this micro-batch has: it weighs the router losses, which are means over a micro-batch.
     """
 
     def __init__(
@@ -75,20 +77,27 @@ class PolicyStep:
         on_policy: bool,
         temperature: float = 1.0,
     ) -> None:
-        def log_probs(params: Params, batch: PolicyBatch) -> tuple[jax.Array, jax.Array]:
-            return token_log_probs(params, config, batch.tokens, batch.positions, batch.segment_ids, temperature)
+        def log_probs(params: Params, batch: PolicyBatch) -> SequenceScores:
+            inputs = (batch.tokens, batch.positions, batch.segment_ids, temperature, batch.experts)
+            return score_sequences(params, config, *inputs)
 
-        def loss_fn(params: Params, batch: PolicyBatch, totals: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
-            logp, entropy = log_probs(params, batch)
+        def loss_fn(
+            params: Params, batch: PolicyBatch, totals: Any, share: jax.Array | float
+        ) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+            logp, entropy, router_loss = log_probs(params, batch)
             if on_policy:
                 batch = batch.replace(old_logp=jax.lax.stop_gradient(logp))
             loss, metrics = policy_loss(logp, batch, objective, totals=totals)
             trained = batch.chunk_ids >= 0
             metrics["entropy_sum"] = jnp.sum(jnp.where(trained, entropy, 0.0))
-            return loss, (metrics, logp)
+            if config.router_aux_loss_coef or config.router_z_loss_coef:
+                metrics["train/router_loss"] = share * router_loss
+            return loss + share * router_loss, (metrics, logp)
 
-        def accumulate(params: Params, gradients: Params, batch: PolicyBatch, totals: Any) -> tuple[Params, Any]:
-            (loss, (metrics, logp)), new = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, totals)
+        def accumulate(
+            params: Params, gradients: Params, batch: PolicyBatch, totals: Any, share: jax.Array | float = 1.0
+        ) -> tuple[Params, Any]:
+            (loss, (metrics, logp)), new = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, totals, share)
             return jax.tree.map(jnp.add, gradients, new), (loss, metrics, logp)
 
         self.accumulate = jax.jit(accumulate, donate_argnums=1)

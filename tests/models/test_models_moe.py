@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.models import ModelConfig
-from rome.models.moe import DISPATCHES, Experts, Routing, dense_dispatch, pick_dispatch, route, sparse_dispatch
+from rome.models import ConfigError, ModelConfig, init_params, score_sequences
+from rome.models.moe import (
+    DISPATCHES,
+    Experts,
+    Routing,
+    dense_dispatch,
+    pick_dispatch,
+    route,
+    router_loss,
+    sparse_dispatch,
+)
 
 CONFIG = ModelConfig(
     vocab_size=11,
@@ -113,3 +122,59 @@ def test_replayed_experts_are_visited_with_this_routers_weights():
         slope = [jax.grad(loss)(router, choice) for choice in (None, own)]
         np.testing.assert_allclose(*slope, rtol=1e-4, atol=1e-6)
         assert jnp.abs(slope[0]).max() > 1e-3
+
+
+def test_router_losses_are_those_of_the_papers():
+    rng = np.random.default_rng(0)
+    x, router = rng.normal(size=(2, 6, 6)).astype(np.float32), rng.normal(size=(6, 5)).astype(np.float32)
+    counted = np.arange(12).reshape(2, 6) % 4 != 1
+    routing = route(x, router, CONFIG)
+    logits = x.astype(np.float64) @ router
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.argsort(-probs, axis=-1)[..., :2][counted]
+    shares = np.bincount(chosen.ravel(), minlength=5) / chosen.size
+    balance = 5 * (shares * probs[counted].mean(0)).sum()
+    z = (np.log(np.exp(logits).sum(-1))[counted] ** 2).mean()
+    for aux, z_coef in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.2)):
+        config = dataclasses.replace(CONFIG, router_aux_loss_coef=aux, router_z_loss_coef=z_coef)
+        found = router_loss(x, router, routing, counted, config)
+        np.testing.assert_allclose(found, aux * balance + z_coef * z, rtol=1e-5)
+        assert router_loss(x, router, routing, np.zeros_like(counted), config) == 0
+    # equal logits, visits spread evenly: balanced
+    even = Routing(jnp.arange(10).reshape(5, 2) % 5, None)
+    config = dataclasses.replace(CONFIG, router_aux_loss_coef=1.0)
+    np.testing.assert_allclose(
+        router_loss(x[0, :5], np.zeros_like(router), even, np.ones(5, bool), config), 1.0, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_model_reports_its_router_losses_only_if_they_count(scan):
+    config = dataclasses.replace(CONFIG, num_layers=3, dense_layers=(1,), scan_layers=scan)
+    params = init_params(config, jax.random.key(0))
+    tokens = jnp.arange(8).reshape(2, 4)
+    segments = jnp.array([[1, 1, 1, 0], [1, 1, 2, 2]])
+    inputs = (tokens, jnp.zeros_like(tokens), segments)
+
+    def loss(aux, z):
+        changed = dataclasses.replace(config, router_aux_loss_coef=aux, router_z_loss_coef=z)
+        return jax.jit(jax.value_and_grad(lambda p: score_sequences(p, changed, *inputs).router_loss))(params)
+
+    off, no_slope = loss(0.0, 0.0)
+    balance, slope = loss(1.0, 0.0)
+    both, _ = loss(0.5, 2.0)
+    assert off == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(no_slope))
+    assert 0.5 < balance < 2.5 and np.abs(slope["layers"]["router"]).max() > 1e-4
+    assert both > 0.5 * balance + 2.0  # z is at least log²(E) of even logits, 2.6 here, or about it
+
+
+def test_replay_of_another_shape_or_of_a_dense_model_is_refused():
+    tokens = jnp.ones((2, 4), jnp.int32)
+    given = (tokens, tokens, tokens, 1.0)
+    with pytest.raises(ConfigError, match=r"replayed experts: expected shape \(2, 4, 1, 2\), got \(2, 4, 2, 2\)"):
+        score_sequences({}, CONFIG, *given, jnp.zeros((2, 4, 2, 2), jnp.int16))
+    dense = dataclasses.replace(CONFIG, num_experts=0, num_experts_per_token=0)
+    with pytest.raises(ConfigError, match="replayed experts: expected None for a dense model"):
+        score_sequences({}, dense, *given, jnp.zeros((2, 4, 1, 2), jnp.int16))
+    with pytest.raises(ConfigError, match="router_z_loss_coef: expected 0, or a positive number with experts"):
+        dataclasses.replace(dense, router_z_loss_coef=0.1)

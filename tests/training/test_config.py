@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from rome.training.config import (
     load_config,
     open_run,
 )
+from rome.training.settings import load_settings
 
 FILE = """
 from ml_collections import ConfigDict, config_dict
@@ -225,3 +227,32 @@ def test_unreadable_saved_config_is_named(file, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json"):
         check_resumed(tmp_path / "config.json", load_config([f"--config={file}"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("rome_tiny_moe.py", {"rl": {"router_replay": True}}, "rl.router_replay: expected engine.record_experts"),
+        (
+            "rome_tiny.py",
+            {"engine": {"record_experts": True}},
+            "engine.record_experts: expected model.num_experts",
+        ),
+    ],
+)
+def test_router_replay_needs_experts_and_their_record(file, changes, message):
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / file))["get_config"]()
+    load_settings(config)
+    with config.unlocked():
+        for section, values in changes.items():
+            config[section].update(values)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(config)
+
+
+def test_router_replay_is_set_in_two_places():
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "rome_tiny_moe.py"))["get_config"]()
+    with config.unlocked():
+        config.rl.router_replay = config.engine.record_experts = True
+    settings = load_settings(config)
+    assert settings.rl.router_replay and settings.engine.record_experts

@@ -235,3 +235,38 @@ def test_settings_refuse_what_makes_no_sense(name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, found 0"):
         settings(**{name: 0})
     assert isinstance(settings(**{name: 1}), PolicySettings)
+
+
+def test_router_replay_visits_the_recorded_experts():
+    rng = np.random.default_rng(0)
+    plain = trajectories(0)
+    recorded = [
+        t.with_experts(
+            np.stack([rng.permuted(np.arange(4))[:2] for _ in range(t.num_tokens - 1)])[:, None].astype("i2")
+        )
+        for t in plain
+    ]
+    found = {}
+    for replay in (False, True):
+        for name, given in (("plain", plain), ("recorded", recorded)):
+            runner, state = trainer(MOE, PUNISHING, settings(router_replay=replay, updates_per_batch=2))
+            found[name, replay] = runner.update(state, given, 0)[1].metrics
+    assert found["plain", False] == found["recorded", False]
+    for name, value in found["plain", True].items():  # nothing recorded: routed as ever
+        assert value == pytest.approx(found["plain", False][name], rel=1e-4, abs=1e-6), name
+    for name in ("train/loss", "train/entropy", "train/grad_norm"):
+        assert abs(found["recorded", True][name] - found["plain", True][name]) > 1e-5, name
+    with pytest.raises(ValueError, match="router_replay: expected False of a policy without experts"):
+        trainer(DENSE, PUNISHING, settings(router_replay=True))
+
+
+def test_router_losses_join_the_objective_whatever_the_micro_batches():
+    given, found = trajectories(0), {}
+    for coefficient, micro_rows in ((0.0, 4), (2.0, 1), (2.0, 4)):
+        model = dataclasses.replace(MOE, router_z_loss_coef=coefficient)
+        runner, state = trainer(model, PUNISHING, settings(micro_rows=micro_rows, optimizer=LINEAR))
+        found[coefficient, micro_rows] = runner.update(state, given, 0)
+    (without, plain), (one, _), (four, added) = found.values()
+    assert "train/router_loss" not in plain.metrics and added.metrics["train/router_loss"] > 0.1
+    assert distance(one.params, four.params) < 1e-5
+    assert distance(four.params["layers"]["router"], without.params["layers"]["router"]) > 1e-3
