@@ -46,10 +46,10 @@ def get_config() -> ConfigDict:
         }
     )
     config.environment = ConfigDict({"max_chunks": 10, "max_observation_chars": 200, "command_seconds": 5.0})
-    config.demonstrations = ConfigDict({"count": 1200, "flawed_fraction": 0.4, "workers": 8})
+    config.demonstrations = ConfigDict({"count": 2000, "flawed_fraction": 0.45, "balance_chunks": True, "workers": 8})
     config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
     config.cpt = _supervised(steps=40, rows=32, row_length=64)
-    config.sft = _supervised(steps=900, rows=12, row_length=192)
+    config.sft = _supervised(steps=1500, rows=12, row_length=192)
     config.ipa = ConfigDict(
         {
             "return_level": "chunk",
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     )
     config.rl = ConfigDict(
         {
-            "steps": 110,
+            "steps": 120,
             "groups": 24,
             "group_size": 4,
             "row_length": 256,

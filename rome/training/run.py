@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rome.data import TaskSampler, collect_episodes, fixed_tasks, tokenize_episodes
+from rome.data import TaskSampler, chunk_balanced, collect_episodes, fixed_tasks, tokenize_episodes
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
 from rome.envs import TerminalEnv
 from rome.files import atomic_write
@@ -111,7 +111,8 @@ class Run:
             return load_trajectories(path)
         s = self.settings
         first = DEMONSTRATION_SEEDS + (s.seed % 64) * SEEDS_PER_RUN
-        specs = fixed_tasks(s.tasks.families, s.tasks.horizons, s.demonstrations.count, first)
+        horizons = chunk_balanced(s.tasks.horizons) if s.demonstrations.balance_chunks else s.tasks.horizons
+        specs = fixed_tasks(s.tasks.families, horizons, s.demonstrations.count, first)
         self.progress.start("demonstrations", len(specs))
         started = time.monotonic()
         episodes = collect_episodes(
