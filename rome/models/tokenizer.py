@@ -60,7 +60,7 @@ class Tokenizer:
         if [index for _, index in vocabulary] != list(range(len(vocabulary))):
             raise TokenizerError("vocabulary: expected ids 0..n-1 without gaps")
         try:
-            self._bytes = tuple(bytes(_BYTE_OF[char] for char in piece) for piece, _ in vocabulary)
+            self._bytes = tuple(bytes(BYTE_OF[char] for char in piece) for piece, _ in vocabulary)
         except KeyError as error:
             raise TokenizerError(f"vocabulary: {error} isn't a byte of the byte-level alphabet") from None
         self._byte_ids = {piece[0]: index for index, piece in enumerate(self._bytes) if len(piece) == 1}
@@ -192,7 +192,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, split: str = "words",
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        initial_alphabet=sorted(_BYTE_OF),
+        initial_alphabet=sorted(BYTE_OF),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
@@ -214,4 +214,4 @@ def _escaped_bytes(text: str) -> bytes:
         return text.encode("utf-8", "replace")
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
