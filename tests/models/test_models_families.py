@@ -229,7 +229,7 @@ def test_configs_with_unknown_or_unsupported_fields_are_refused(changes, message
 @pytest.mark.parametrize(
     ("base", "changes", "field"),
     [
-        ("qwen3-8b", {"output_bias": True}, "qkv_bias"),
+        ("qwen3-8b", {"output_bias": True}, "output_bias"),
         ("qwen3-8b", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3-8b", {"max_position_embeddings": 0}, "max_position_embeddings"),
         ("qwen3-30b-a3b", {"qk_norm": False}, "qk_norm"),
