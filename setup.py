@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 # that would compile llama.cpp.
 PRETRAINED = ["gguf>=0.17", "jinja2>=3.1"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
-ORACLES = ["safetensors>=0.5", "torch==2.13.0", "transformers>=5", "xllamacpp"]
+ORACLES = ["accelerate>=1", "safetensors>=0.5", "torch==2.13.0", "transformers>=5", "xllamacpp"]
 
 setup(
     name="rome-agents",

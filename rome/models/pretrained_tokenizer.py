@@ -174,7 +174,9 @@ class PretrainedTokenizer:
     ) -> list[int]:
         """Ids of the rendered conversation. Special tokens' names in a message are text like any other."""
         values = {"messages": list(messages), **variables}
-        marker = next(chr(code) for code in _PRIVATE_USE if chr(code) not in repr(values))
+        marker = next(
+            chr(code) for code in _PRIVATE_USE if chr(code) not in json.dumps(values, ensure_ascii=False, default=str)
+        )
         values = _break_names(values, self._special_pattern, marker)
         text = self.render_chat(values.pop("messages"), add_generation_prompt=add_generation_prompt, **values)
         ids: list[int] = []
