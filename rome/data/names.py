@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 _ATTEMPTS = 64  # to draw a number that no other number has become
-_PIECE = re.compile(r"[a-z]+|[0-9]{3,}")
+_PIECE = re.compile(r"[a-z]+|(?<![a-z0-9])[0-9]{3,}(?![a-z])")  # the number in `sha256sum` is part of a command
 
 
 def relabelling(rng: np.random.Generator, names: Sequence[str]) -> Callable[[str], str]:
@@ -21,7 +21,7 @@ def relabelling(rng: np.random.Generator, names: Sequence[str]) -> Callable[[str
 
     Different numbers stay different (as long as there are enough of their length).
     Three-digit numbers stay valid file modes with read permission for the owner; longer ones keep their length and no
-    leading zero. Everything else stays as it is.
+    leading zero. Everything else stays as it is, numbers inside a word (`sha256sum`) too.
     """
     permuted = dict(zip(names, (names[i] for i in rng.permutation(len(names))), strict=True))
     numbers: dict[str, str] = {}

@@ -8,7 +8,7 @@ import pytest
 
 from rock_env import doctor
 from rome.data import Episode, collect_episodes, fixed_tasks, relabel, relabelling, tokenize_episodes
-from rome.envs import FAMILIES, EnvFailure, TerminalEnv
+from rome.envs import FAMILIES, EnvFailure, TerminalEnv, draft_task, expert_actions
 from rome.envs.families.words import WORDS
 from rome.models import ChatRenderer, train_tokenizer
 from rome.trajectory import Status
@@ -121,6 +121,16 @@ def test_everything_else_stays():
     swapped = text.replace("x_kelp/wolf", "x_wolf/kelp").replace("kelp-99", "wolf-99")
     assert mapping(text) in (text, swapped)
     assert mapping("") == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_commands_stay_the_programs_that_they_call(family):
+    """`sha256sum` was once relabelled to `sha535sum`: a family that a policy could then not learn."""
+    for seed in range(5):
+        mapping = relabelling(np.random.default_rng(seed), WORDS)
+        for action in filter(None, expert_actions(draft_task(family, seed, 6), seed, False)):
+            programs = re.findall(r"(?:^|[|;] *)([a-z0-9]+)", action)
+            assert programs and re.findall(r"(?:^|[|;] *)([a-z0-9]+)", mapping(action)) == programs
 
 
 def test_a_mapping_is_a_function_of_its_generator():
