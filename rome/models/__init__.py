@@ -2,7 +2,7 @@
 
 from rome.models.cache import KVCache, extend, init_cache
 from rome.models.chat import ChatRenderer, Message, ParsedChunk, RenderError
-from rome.models.config import ConfigError, ModelConfig
+from rome.models.config import ConfigError, ModelConfig, RopeScaling
 from rome.models.induction import init_induction
 from rome.models.logprobs import TokenScores, score_tokens
 from rome.models.params import ParamSpec, count_params, init_params, param_specs
@@ -19,6 +19,7 @@ __all__ = [
     "ParamSpec",
     "ParsedChunk",
     "RenderError",
+    "RopeScaling",
     "TokenScores",
     "Tokenizer",
     "TokenizerError",

@@ -1,4 +1,4 @@
-"""Attention over packed rows: causal, inside segments, grouped queries, in memory linear in the row.
+"""Attention over packed rows: causal, inside segments and windows, grouped queries, in memory linear in the row.
 
 Scores are never kept for the backward pass: it recomputes them from the log-sum-exp of each query, as FlashAttention
 does (Dao et al. 2022, algorithm 4). Queries go in blocks that only meet the keys before their end, which skips most of
@@ -10,6 +10,8 @@ Shape letters: B rows, K key/value heads, G query heads a key/value head, T quer
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,9 @@ _MAX_BLOCKS = 16
 _Residuals = tuple[jax.Array, ...]
 
 
-def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def packed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None = None
+) -> jax.Array:
     """Mixes values by softmax(q k / sqrt(h)) over the earlier tokens of the same segment, the token itself included.
 
     Args:
@@ -28,6 +32,7 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
         k: [B, K, T, h].
         v: [B, K, T, h].
         segment_ids: int32[B, T]. The causal order is that of the row.
+        window: how many tokens one sees at most, itself included (sliding-window attention); None: all.
 
     Returns:
         [B, K, G, T, h] in q's dtype; softmax and its gradient are float32.
@@ -38,24 +43,29 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
     mixed = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        queries, keys = segment_ids[:, start:end], segment_ids[:, :end]
-        mixed.append(_attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], queries, keys))
+        seen = slice(0 if window is None else max(0, start - window + 1), end)
+        queries, keys = segment_ids[:, start:end], segment_ids[:, seen]
+        mixed.append(_attend_block(window, q[:, :, :, start:end], k[:, :, seen], v[:, :, seen], queries, keys))
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=3)
 
 
-@jax.custom_vjp
-def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_block(
+    window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array
+) -> jax.Array:
     """Attention of the last T of S tokens. q [B, K, G, T, h] (already scaled), k and v [B, K, S, h]."""
-    return _forward(q, k, v, q_segments, k_segments)[0]
+    return _forward(window, q, k, v, q_segments, k_segments)[0]
 
 
-def _scores(q: jax.Array, k: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
+def _scores(window: int | None, q: jax.Array, k: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> jax.Array:
     """Masked scores float32[B, K, G, T, S]."""
     batch, kv_heads, groups, time, _ = q.shape
     scores = jnp.einsum("bkmh,bksh->bkms", _flat(q), k, preferred_element_type=jnp.float32)
     order = jnp.arange(k.shape[2])
-    causal_TxS = order[-time:, None] >= order
-    mask_BxTxS = (q_segments[:, :, None] == k_segments[:, None, :]) & causal_TxS
+    visible_TxS = order[-time:, None] >= order
+    if window is not None:
+        visible_TxS &= order[-time:, None] - order < window
+    mask_BxTxS = (q_segments[:, :, None] == k_segments[:, None, :]) & visible_TxS
     scores = scores.reshape(batch, kv_heads, groups, time, -1)
     return jnp.where(mask_BxTxS[:, None, None], scores, MASKED)
 
@@ -67,9 +77,9 @@ def _flat(x_BxKxGxTxn: jax.Array) -> jax.Array:
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array
+    window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, k_segments: jax.Array
 ) -> tuple[jax.Array, _Residuals]:
-    scores = _scores(q, k, q_segments, k_segments)
+    scores = _scores(window, q, k, q_segments, k_segments)
     highest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
@@ -78,10 +88,10 @@ def _forward(
     return mixed, (q, k, v, q_segments, k_segments, highest + jnp.log(total), mixed)
 
 
-def _backward(residuals: _Residuals, d_mixed: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(window: int | None, residuals: _Residuals, d_mixed: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, q_segments, k_segments, log_total, mixed = residuals
     dtype = q.dtype
-    probs = _flat(jnp.exp(_scores(q, k, q_segments, k_segments) - log_total))
+    probs = _flat(jnp.exp(_scores(window, q, k, q_segments, k_segments) - log_total))
     correction = (d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     d_out = _flat(d_mixed)
     d_probs = jnp.einsum("bkmh,bksh->bkms", d_out, v, preferred_element_type=jnp.float32)

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from rome.models.attention import MASKED
-from rome.models.config import ModelConfig
+from rome.models.config import ConfigError, ModelConfig
 from rome.models.params import Params
+from rome.models.rope import rope_tables
 from rome.models.transformer import (
     decoder_layer,
     embed,
     layer_params,
     rms_norm,
-    rope_tables,
     unembed,
 )
 
@@ -40,7 +40,14 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch: int, max_length: int) -> KVCache:
-    """An empty cache of ``batch`` slots with room for ``max_length`` tokens each, in ``config.dtype``."""
+    """An empty cache of ``batch`` slots with room for ``max_length`` tokens each, in ``config.dtype``.
+
+    Raises:
+        ConfigError: ``max_length`` is more than the model's ``max_position_embeddings``.
+    """
+    longest = config.max_position_embeddings
+    if longest and max_length > longest:
+        raise ConfigError(f"max_length: expected at most max_position_embeddings = {longest}, got {max_length}")
     shape = (batch, config.num_kv_heads, config.head_dim, max_length)
     keys = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
     values = tuple(jnp.zeros((*shape[:2], max_length, config.head_dim), config.dtype) for _ in range(config.num_layers))
@@ -69,18 +76,23 @@ def extend(
     # an index out of bounds is dropped by the scatter below
     columns = jnp.where(offsets < counts[:, None], positions, cache.max_length)
     rope = rope_tables(positions, config)
-    bias_BxSxL = jnp.where(jnp.arange(cache.max_length) <= positions[..., None], 0.0, MASKED)
+    behind_BxSxL = positions[..., None] - jnp.arange(cache.max_length)
+    bias = {0: jnp.where(behind_BxSxL >= 0, 0.0, MASKED)}  # by window; 0: all
+    if config.sliding_layers:
+        window = config.sliding_window
+        bias[window] = jnp.where((behind_BxSxL >= 0) & (behind_BxSxL < window), 0.0, MASKED)
 
     x = embed(params, config, tokens)
     keys, values = [], []
     for index in range(config.num_layers):
+        window = config.sliding_window if index in config.sliding_layers else 0
 
-        def attend(q, k, v, index=index):
+        def attend(q, k, v, index=index, window=window):
             k = cache.keys[index].at[rows, :, :, columns].set(_by_token(k), mode="drop")
             v = cache.values[index].at[rows, :, columns].set(_by_token(v), mode="drop")
-            return _attend_cache(q, k, v, bias_BxSxL), (k, v)
+            return _attend_cache(q, k, v, bias[window]), (k, v)
 
-        x, (k, v) = decoder_layer(x, layer_params(params, index), config, rope, attend)
+        x, (k, v) = decoder_layer(x, layer_params(params, config, index), config, rope, attend)
         keys.append(k)
         values.append(v)
     last = jnp.maximum(counts - 1, 0)

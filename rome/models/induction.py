@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rome.models.config import ModelConfig
 from rome.models.params import Params
+from rome.models.rope import rope_frequencies
 
 COMMON = 0.5  # length of the direction that all embeddings share, against theirs
 KEEP = 0.2  # how much of the random start stays in the head that looks back
@@ -31,7 +32,12 @@ def init_induction(params: Params, config: ModelConfig, key: jax.Array) -> Param
     * Layer 0: the constant parts of query and key differ by one rotary position, so attention peaks one token back.
     * Later layers: queries lean towards what layer 0 wrote about a token's predecessor, and values towards being
       written back as themselves, so that the token found is the token predicted.
+
+    Raises:
+        NotImplementedError: some layers of a mixture of experts are dense.
     """
+    if config.dense_layers:
+        raise NotImplementedError("init_induction expects layers of one kind: dense_layers must be empty")
     group = config.num_heads // config.num_kv_heads
     layers = dict(params["layers"])
     wq, wk, wv, wo = (layers[name].astype(jnp.float32) for name in ("wq", "wk", "wv", "wo"))
@@ -43,7 +49,7 @@ def init_induction(params: Params, config: ModelConfig, key: jax.Array) -> Param
     embedding = embedding + COMMON * length * common
 
     half = config.head_dim // 2
-    angle = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = rope_frequencies(config)
     fast = (jnp.arange(half) < (half + 1) // 2).astype(jnp.float32)  # slow pairs can't tell neighbours apart
     looks_at = jnp.concatenate([fast, jnp.zeros(half)])
     looks_from = jnp.concatenate([fast * jnp.cos(angle), -fast * jnp.sin(angle)])  # one position earlier

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,52 +39,97 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
+class LayerRun(NamedTuple):
+    """Consecutive layers alike: rows ``start:stop`` of the stack ``params[stack]``, seeing ``window`` tokens or all."""
+
+    stack: str
+    start: int
+    stop: int
+    window: int | None
+
+
+def layer_runs(config: ModelConfig) -> tuple[LayerRun, ...]:
+    """The layers in order, as few runs as possible: one, unless layers differ in their MLP or window."""
+    runs: list[LayerRun] = []
+    depth = {"layers": 0, "dense_layers": 0}
+    for index in range(config.num_layers):
+        stack = "dense_layers" if index in config.dense_layers else "layers"
+        window = config.sliding_window if index in config.sliding_layers else None
+        row = depth[stack]
+        if runs and (runs[-1].stack, runs[-1].window) == (stack, window):
+            runs[-1] = runs[-1]._replace(stop=row + 1)
+        else:
+            runs.append(LayerRun(stack, row, row + 1, window))
+        depth[stack] += 1
+    return tuple(runs)
+
+
 def param_specs(config: ModelConfig) -> dict[str, Any]:
     """Declares every parameter, as a pytree of `ParamSpec`. Layers are stacked on a leading axis ``layers``.
+
+    All layers are in one stack, ``layers``, unless some layers of a mixture of experts are dense: these are in
+    ``dense_layers``, in order (`layer_runs` tells which is where).
 
     Projections start normal with standard deviation fan_in^-1/2; those that write into the residual stream are scaled
     by a further (2 * num_layers)^-1/2, so that its variance at the end doesn't grow with depth (GPT-2).
     """
-    c, depth = config, config.num_layers
-    fan_in, residual = c.hidden_size**-0.5, (2 * depth) ** -0.5
+    c, d = config, config.hidden_size
+    fan_in = d**-0.5
+    specs: dict[str, Any] = {
+        "embedding": ParamSpec((c.vocab_size, d), ("vocab", "embed"), 0.0, fan_in, c.param_dtype),
+        "layers": _layer_specs(c, c.num_layers - len(c.dense_layers), c.is_moe),
+        "final_norm": ParamSpec((d,), ("embed",), 1.0, 0.0, c.param_dtype),
+    }
+    if c.dense_layers:
+        specs["dense_layers"] = _layer_specs(c, len(c.dense_layers), False)
+    if not c.tie_embeddings:
+        specs["lm_head"] = ParamSpec((d, c.vocab_size), ("embed", "vocab"), 0.0, fan_in, c.param_dtype)
+    return specs
+
+
+def _layer_specs(c: ModelConfig, depth: int, moe: bool) -> dict[str, ParamSpec]:
+    """A stack of ``depth`` layers, with experts or with a dense MLP."""
+    fan_in, residual = c.hidden_size**-0.5, (2 * c.num_layers) ** -0.5
 
     def normal(shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> ParamSpec:
         return ParamSpec((depth, *shape), ("layers", *axes), 0.0, std, c.param_dtype)
 
-    def gain(size: int, axis: str, value: float = 1.0) -> ParamSpec:
-        return ParamSpec((depth, size), ("layers", axis), value, 0.0, c.param_dtype)
+    def constant(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> ParamSpec:
+        return ParamSpec((depth, *shape), ("layers", *axes), value, 0.0, c.param_dtype)
 
     d, h, k, hd = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-    layers = {
-        "attention_norm": gain(d, "embed"),
+    specs = {
+        "attention_norm": constant((d,), ("embed",), 1.0),
         "wq": normal((d, h, hd), ("embed", "heads", "head_dim"), fan_in),
         "wk": normal((d, k, hd), ("embed", "kv_heads", "head_dim"), fan_in),
         "wv": normal((d, k, hd), ("embed", "kv_heads", "head_dim"), fan_in),
         "wo": normal((h, hd, d), ("heads", "head_dim", "embed"), residual * (h * hd) ** -0.5),
-        "mlp_norm": gain(d, "embed"),
+        "mlp_norm": constant((d,), ("embed",), 1.0),
     }
+    if c.qkv_bias:
+        specs["q_bias"] = constant((h, hd), ("heads", "head_dim"), 0.0)
+        specs["k_bias"] = constant((k, hd), ("kv_heads", "head_dim"), 0.0)
+        specs["v_bias"] = constant((k, hd), ("kv_heads", "head_dim"), 0.0)
+    if c.output_bias:
+        specs["o_bias"] = constant((d,), ("embed",), 0.0)
     if c.qk_norm:
-        layers["q_norm"] = gain(hd, "head_dim", c.qk_norm_init)
-        layers["k_norm"] = gain(hd, "head_dim", c.qk_norm_init)
-    if c.is_moe:
+        specs["q_norm"] = constant((hd,), ("head_dim",), c.qk_norm_init)
+        specs["k_norm"] = constant((hd,), ("head_dim",), c.qk_norm_init)
+    if moe:
         e, f = c.num_experts, c.moe_intermediate_size
-        layers["router"] = normal((d, e), ("embed", "experts"), fan_in)
-        layers["gate"] = normal((e, d, f), ("experts", "embed", "mlp"), fan_in)
-        layers["up"] = normal((e, d, f), ("experts", "embed", "mlp"), fan_in)
-        layers["down"] = normal((e, f, d), ("experts", "mlp", "embed"), residual * f**-0.5)
-    else:
-        f = c.intermediate_size
-        layers["gate"] = normal((d, f), ("embed", "mlp"), fan_in)
-        layers["up"] = normal((d, f), ("embed", "mlp"), fan_in)
-        layers["down"] = normal((f, d), ("mlp", "embed"), residual * f**-0.5)
-
-    specs: dict[str, Any] = {
-        "embedding": ParamSpec((c.vocab_size, d), ("vocab", "embed"), 0.0, fan_in, c.param_dtype),
-        "layers": layers,
-        "final_norm": ParamSpec((d,), ("embed",), 1.0, 0.0, c.param_dtype),
-    }
-    if not c.tie_embeddings:
-        specs["lm_head"] = ParamSpec((d, c.vocab_size), ("embed", "vocab"), 0.0, fan_in, c.param_dtype)
+        specs["router"] = normal((d, e), ("embed", "experts"), fan_in)
+        specs["gate"] = normal((e, d, f), ("experts", "embed", "mlp"), fan_in)
+        specs["up"] = normal((e, d, f), ("experts", "embed", "mlp"), fan_in)
+        specs["down"] = normal((e, f, d), ("experts", "mlp", "embed"), residual * f**-0.5)
+        return specs
+    f = c.intermediate_size
+    specs["gate"] = normal((d, f), ("embed", "mlp"), fan_in)
+    specs["up"] = normal((d, f), ("embed", "mlp"), fan_in)
+    specs["down"] = normal((f, d), ("mlp", "embed"), residual * f**-0.5)
+    if c.mlp_bias:
+        specs["gate_bias"] = constant((f,), ("mlp",), 0.0)
+        specs["up_bias"] = constant((f,), ("mlp",), 0.0)
+        specs["down_bias"] = constant((d,), ("embed",), 0.0)
     return specs
 
 

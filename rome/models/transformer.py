@@ -16,7 +16,8 @@ from rome.models.attention import packed_attention
 from rome.models.config import ModelConfig
 from rome.models.logprobs import score_tokens
 from rome.models.moe import Experts, moe_mlp
-from rome.models.params import Params
+from rome.models.params import LayerRun, Params, layer_runs
+from rome.models.rope import apply_rope, rope_tables
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -26,22 +27,6 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale * gain.astype(jnp.float32)).astype(x.dtype)
-
-
-def rope_tables(positions_BxT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines f32[B, T, h/2] of the rotary angles position * theta^(-2i/h)."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BxT.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x_BxHxTxh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (i, i + h/2) (the half-split convention of Llama and Qwen checkpoints)."""
-    cos, sin = (table[:, None] for table in rope)
-    first, second = jnp.split(x_BxHxTxh.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxHxTxh.dtype)
 
 
 def decoder_layer(
@@ -54,14 +39,14 @@ def decoder_layer(
     dtype, eps = x_BxTxD.dtype, config.rms_norm_eps
     layer = jax.tree.map(lambda w: w.astype(dtype), layer)
     y = rms_norm(x_BxTxD, layer["attention_norm"], eps)
-    q, k, v = (project_heads(y, layer[name]) for name in ("wq", "wk", "wv"))
+    q, k, v = (project_heads(y, layer[f"w{name}"], layer.get(f"{name}_bias")) for name in "qkv")
     if config.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], eps), rms_norm(k, layer["k_norm"], eps)
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     batch, _, time, head_dim = q.shape
     mixed, state = attend(q.reshape(batch, config.num_kv_heads, -1, time, head_dim), k, v)
     mixed_BxTxn = jnp.swapaxes(mixed.reshape(q.shape), 1, 2).reshape(batch, time, -1)
-    x = x_BxTxD + linear(mixed_BxTxn, layer["wo"].reshape(-1, x_BxTxD.shape[-1]))
+    x = x_BxTxD + _biased(linear(mixed_BxTxn, layer["wo"].reshape(-1, x_BxTxD.shape[-1])), layer.get("o_bias"))
     return x + mlp(rms_norm(x, layer["mlp_norm"], eps), layer, config), state
 
 
@@ -89,20 +74,25 @@ def _linear_backward(residuals: tuple[jax.Array, jax.Array], d_y: jax.Array) -> 
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def project_heads(y_BxTxD: jax.Array, weights_DxHxh: jax.Array) -> jax.Array:
+def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias
+
+
+def project_heads(y_BxTxD: jax.Array, weights_DxHxh: jax.Array, bias_Hxh: jax.Array | None = None) -> jax.Array:
     """[B, T, D] -> [B, H, T, h]: one plain matrix product, whose small result is transposed rather than the weights."""
     width, heads, head_dim = weights_DxHxh.shape
     projected = linear(y_BxTxD, weights_DxHxh.reshape(width, heads * head_dim))
-    return jnp.swapaxes(projected.reshape(*y_BxTxD.shape[:2], heads, head_dim), 1, 2)
+    return jnp.swapaxes(_biased(projected.reshape(*y_BxTxD.shape[:2], heads, head_dim), bias_Hxh), 1, 2)
 
 
 def mlp(y_BxTxD: jax.Array, layer: Params, config: ModelConfig) -> jax.Array:
-    """SwiGLU feed-forward, dense or routed."""
-    if config.is_moe:
+    """SwiGLU feed-forward, dense or (where the layer has a router) routed."""
+    if "router" in layer:
         experts = Experts(layer["gate"], layer["up"], layer["down"])
         return moe_mlp(y_BxTxD.reshape(-1, y_BxTxD.shape[-1]), layer["router"], experts, config).reshape(y_BxTxD.shape)
-    hidden = jax.nn.silu(linear(y_BxTxD, layer["gate"])) * linear(y_BxTxD, layer["up"])
-    return linear(hidden, layer["down"])
+    gate = _biased(linear(y_BxTxD, layer["gate"]), layer.get("gate_bias"))
+    up = _biased(linear(y_BxTxD, layer["up"]), layer.get("up_bias"))
+    return _biased(linear(jax.nn.silu(gate) * up, layer["down"]), layer.get("down_bias"))
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -120,35 +110,53 @@ def hidden_states(
 ) -> jax.Array:
     """Final normalised hidden states [B, T, D] in ``config.dtype``. Arguments as in `forward`."""
     rope = rope_tables(positions, config)
+    x = embed(params, config, tokens)
+    first = 0
+    for run in layer_runs(config):
+        step = _layer_step(config, rope, segment_ids, run.window)
+        if config.scan_layers and isinstance(params["layers"], dict):
+            x, _ = jax.lax.scan(step, x, _run_params(params, run))
+        else:
+            for index in range(first, first + run.stop - run.start):
+                x, _ = step(x, layer_params(params, config, index))
+        first += run.stop - run.start
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
+
+def _layer_step(
+    config: ModelConfig, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array, window: int | None
+) -> Callable[[jax.Array, Params], tuple[jax.Array, None]]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return packed_attention(q, k, v, segment_ids), None
+        return packed_attention(q, k, v, segment_ids, window), None
 
     def step(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         return decoder_layer(x, layer, config, rope, attend)
 
-    if config.remat:
-        step = jax.checkpoint(step)
-    x = embed(params, config, tokens)
-    if config.scan_layers and isinstance(params["layers"], dict):
-        x, _ = jax.lax.scan(step, x, params["layers"])
-    else:
-        for index in range(config.num_layers):
-            x, _ = step(x, layer_params(params, index))
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    return jax.checkpoint(step) if config.remat else step
 
 
-def layer_params(params: Params, index: int) -> Params:
+def _run_params(params: Params, run: LayerRun) -> Params:
+    stack = params[run.stack]
+    if run.stop - run.start == stack["attention_norm"].shape[0]:
+        return stack
+    return jax.tree.map(lambda stacked: stacked[run.start : run.stop], stack)
+
+
+def layer_params(params: Params, config: ModelConfig, index: int) -> Params:
     """Layer ``index`` of parameters whose layers are stacked, or already a list (`unstack_layers`)."""
-    if isinstance(params["layers"], dict):
-        return jax.tree.map(lambda stacked: stacked[index], params["layers"])
-    return params["layers"][index]
+    if not isinstance(params["layers"], dict):
+        return params["layers"][index]
+    is_dense = index in config.dense_layers
+    before = sum(layer < index for layer in config.dense_layers)
+    stack, row = ("dense_layers", before) if is_dense else ("layers", index - before)
+    return jax.tree.map(lambda stacked: stacked[row], params[stack])
 
 
 def unstack_layers(params: Params, config: ModelConfig) -> Params:
     """The same parameters with layers as a list. XLA's CPU backend doesn't hoist slices out of loops: call this before
     a decoding loop, and `extend` in the loop copies no weights (a third of a step's time at 1M parameters)."""
-    return {**params, "layers": [layer_params(params, index) for index in range(config.num_layers)]}
+    rest = {name: value for name, value in params.items() if name != "dense_layers"}
+    return rest | {"layers": [layer_params(params, config, index) for index in range(config.num_layers)]}
 
 
 def forward(

@@ -93,8 +93,12 @@ def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> optax.S
 
 
 def _decayed(params: Params) -> Params:
-    """True for matrices, False for norm scales (layers are stacked, so the rank alone does not tell)."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+    """True for matrices, False for norm scales and biases (layers are stacked, so the rank alone does not tell)."""
+
+    def is_matrix(path: tuple, _: jax.Array) -> bool:
+        return not path[-1].key.endswith(("norm", "bias"))
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def _matrices(params: Params) -> Params:
