@@ -23,28 +23,35 @@ _Residuals = tuple[jax.Array, ...]
 
 
 def packed_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    window: int | None = None,
+    key_segment_ids: jax.Array | None = None,
 ) -> jax.Array:
     """Mixes values by softmax(q k / sqrt(h)) over the earlier tokens of the same segment, the token itself included.
 
     Args:
         q: [B, K, G, T, h].
-        k: [B, K, T, h].
-        v: [B, K, T, h].
-        segment_ids: int32[B, T]. The causal order is that of the row.
+        k: [B, K, S, h], S >= T: the queries are those of the last T tokens.
+        v: [B, K, S, h].
+        segment_ids: int32[B, T], of the queries. The causal order is that of the row.
         window: how many tokens one sees at most, itself included (sliding-window attention); None: all.
+        key_segment_ids: int32[B, S]; may be left out if S = T.
 
     Returns:
         [B, K, G, T, h] in q's dtype; softmax and its gradient are float32.
     """
-    length = q.shape[3]
+    length, before = q.shape[3], k.shape[2] - q.shape[3]
+    key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
     block = max(_BLOCK, -(-length // _MAX_BLOCKS))
     q = q * q.shape[-1] ** -0.5
     mixed = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        seen = slice(0 if window is None else max(0, start - window + 1), end)
-        queries, keys = segment_ids[:, start:end], segment_ids[:, seen]
+        seen = slice(0 if window is None else max(0, before + start - window + 1), before + end)
+        queries, keys = segment_ids[:, start:end], key_segment_ids[:, seen]
         mixed.append(_attend_block(window, q[:, :, :, start:end], k[:, :, seen], v[:, :, seen], queries, keys))
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=3)
 

@@ -13,6 +13,8 @@ import optax
 
 from rome.ipa import ObjectiveConfig, PolicyBatch, Totals, batch_totals, merge_metrics, trajectory_returns
 from rome.models import ModelConfig
+from rome.models.lora import LoraConfig
+from rome.models.sharding import Mesh, batch_shardings
 from rome.training.packing import PackedRows, pack_trajectories
 from rome.training.state import OptimizerConfig, TrainState
 from rome.training.steps import PolicyStep
@@ -31,6 +33,7 @@ class PolicySettings:
         normaliser still counts it. Its ratios don't show in the metrics, in steps that are kept for the viewer either.
       save_every: steps between batches kept for the report's viewer.
       optimizer: of this stage.
+      lora: adapters that this stage trains instead of the weights, if their rank is above 0.
     """
 
     steps: int
@@ -42,6 +45,7 @@ class PolicySettings:
     optimizer: OptimizerConfig
     updates_per_batch: int = 1
     skip_inert: bool = True
+    lora: LoraConfig = field(default_factory=LoraConfig)
     save_every: int = 25
 
     def __post_init__(self) -> None:
@@ -72,10 +76,11 @@ class PolicyTrainer:
         optimizer: optax.GradientTransformation,
         settings: PolicySettings,
         temperature: float = 1.0,
+        mesh: Mesh | None = None,
     ) -> None:
-        self._objective, self._settings = objective, settings
+        self._objective, self._settings, self._mesh = objective, settings, mesh
         on_policy = settings.updates_per_batch == 1
-        self._step = PolicyStep(model, objective, optimizer, on_policy, temperature)
+        self._step = PolicyStep(model, objective, optimizer, on_policy, temperature, mesh)
         self._compute_returns = jax.jit(partial(trajectory_returns, config=objective), static_argnums=2)
         self._totals = jax.jit(lambda batch: batch_totals(batch, objective))
         self._add = jax.jit(lambda a, b: jax.tree.map(lambda x, y: x + y, a, b))
@@ -161,7 +166,10 @@ class PolicyTrainer:
             imitation=rows.table([np.arange(len(t.chunks)) < t.prefix_chunks for t in trajectories], bool, False),
         )
         starts = range(0, rows.num_rows, s.micro_rows)
-        return rows, [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
+        parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
+        if self._mesh is not None:
+            parts = [jax.device_put(part, batch_shardings(part, self._mesh, s.row_length)) for part in parts]
+        return rows, parts
 
     def _old_logp(self, state: TrainState, trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
         """π_old of each trajectory's tokens, float32[length], under the parameters before the first update."""
