@@ -158,7 +158,7 @@ def test_no_capabilities_and_no_way_back(box):
         "hostname evil",
         "date -s 2020-01-01",
         "dmesg",
-        "nice -n -5 true && test $(nice -n -5 nice) -lt 0",
+        "test $(nice -n -5 nice) -lt $(nice)",
         "echo 1 > /proc/sys/vm/drop_caches",
         "echo b > /proc/sysrq-trigger",
         "echo x > /sys/kernel/x",
