@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rome.models.kernels import KERNELS, KernelError, pick_kernel
+from rome.models.kernels import KERNELS, KernelError, pick_kernel, visible
 
 MASKED = -1e30  # finite: a query without any key stays free of NaN
 _BLOCK = 128
@@ -83,11 +83,7 @@ def _scores(window: int | None, q: jax.Array, k: jax.Array, q_segments: jax.Arra
     """Masked scores float32[B, K, G, T, S]."""
     batch, kv_heads, groups, time, _ = q.shape
     scores = jnp.einsum("bkmh,bksh->bkms", _flat(q), k, preferred_element_type=jnp.float32)
-    order = jnp.arange(k.shape[2])
-    visible_TxS = order[-time:, None] >= order
-    if window is not None:
-        visible_TxS &= order[-time:, None] - order < window
-    mask_BxTxS = (q_segments[:, :, None] == k_segments[:, None, :]) & visible_TxS
+    mask_BxTxS = visible(q_segments, k_segments, window)
     scores = scores.reshape(batch, kv_heads, groups, time, -1)
     return jnp.where(mask_BxTxS[:, None, None], scores, MASKED)
 
