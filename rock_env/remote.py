@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
-import ssl
+import contextlib
 import os
+import ssl
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
 from rock_env.admin import archive
-from rock_env.errors import BackendUnavailable, RequestTimeout, RockError, SandboxDead, SpecError, from_wire
+from rock_env.errors import BackendUnavailable, Forbidden, RequestTimeout, RockError, SandboxDead, SpecError, from_wire
 from rock_env.network import NetworkPolicy
 from rock_env.sandbox import Sandbox, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
@@ -62,6 +64,8 @@ class Client:
             response = self._http.request(method, path, timeout=timeout, **arguments)
         except httpx.TimeoutException as error:
             raise RequestTimeout(f"{self.url}: no answer to {method} {path} within {seconds:g} s") from error
+        except UnicodeEncodeError as error:
+            raise SpecError(f"{method} {path}: expected text that is UTF-8, got {error.object!r}") from error
         except httpx.HTTPError as error:
             raise BackendUnavailable(f"{self.url} cannot be reached: {error}") from error
         if response.is_success:
@@ -75,7 +79,7 @@ class Client:
             message = f"{self.url}: expected an admin's answer, got status {response.status_code}"
             raise BackendUnavailable(message) from error
 
-    def get(self, path: str, **params: object):
+    def get(self, path: str, /, **params: object):
         return self.request("GET", path, params=params).json()
 
     def post(self, path: str, body: dict, seconds: float = _REQUEST_SECONDS):
@@ -104,7 +108,7 @@ class Client:
         body = {"spec": spec_to_json(spec) if spec is not None else None, **given}
         body["snapshot"] = snapshot.id if snapshot is not None else None
         reply = self.post("/v1/sandboxes", {**body, "wait": True}, _START_SECONDS + (queue_seconds or 0))
-        return Sandbox(self.backend, reply["id"], spec or spec_from_json(reply["spec"]))
+        return Sandbox(self.backend, reply["id"], spec) if spec is not None else self._present(reply)
 
     def begin(self, spec: SandboxSpec | None = None, **extra: object) -> str:
         """Start a sandbox without waiting. Returns its id, for `wait`."""
@@ -117,7 +121,7 @@ class Client:
             left = deadline - time.monotonic()
             row = self.get(f"/v1/sandboxes/{id}", wait_seconds=max(0.0, min(_READ_WAIT_SECONDS, left)))
             if row["state"] == "running":
-                return Sandbox(self.backend, id, spec_from_json(row["spec"]))
+                return self._present(row)
             if row["state"] not in ("pending", "starting"):
                 raise SandboxDead(f"sandbox {id} is {row['state']}: {row['reason']}")
             if left <= 0:
@@ -128,12 +132,22 @@ class Client:
         row = self.get(f"/v1/sandboxes/{id}")
         if row["ended_at"] is not None:
             raise SandboxDead(f"sandbox {id} has ended ({row['state']}): {row['reason']}")
-        return Sandbox(self.backend, id, spec_from_json(row["spec"]))
+        return self._present(row)
+
+    def _present(self, row: dict) -> Sandbox:
+        spec = spec_from_json(row["spec"])
+        with contextlib.suppress(Forbidden):  # a token that may not look inside
+            spec = replace(spec, env=self.get(f"/v1/sandboxes/{row['id']}/env"))
+        return Sandbox(self.backend, row["id"], spec)
+
+    def audit(self, id: str) -> dict:
+        """{"records": the audit records of a sandbox, "chain": whether the log that holds them is intact}."""
+        return self.get(f"/v1/sandboxes/{id}/audit")
 
     def fork(self, id: str, n: int = 1) -> list[Sandbox]:
         """`n` copies of a sandbox, in one request."""
         rows = self.post(f"/v1/sandboxes/{id}/fork", {"n": n}, _START_SECONDS)
-        return [Sandbox(self.backend, row["id"], spec_from_json(row["spec"])) for row in rows]
+        return [self._present(row) for row in rows]
 
     def close(self) -> None:
         self._http.close()
@@ -205,9 +219,8 @@ class RemoteBackend:
         return CommandResult(**self._client.post(self._at(sandbox, "/execute"), body, seconds + _SLACK_SECONDS))
 
     def run(self, sandbox: str, session: str, command: str, seconds: float, output_bytes: int) -> CommandResult:
-        path = self._at(sandbox, f"/sessions/{quote(session, safe='')}/run")
-        reply = self._client.post(path, {"command": command, "timeout": seconds}, seconds + _SLACK_SECONDS)
-        return CommandResult(**reply)
+        body = {"command": command, "session": session, "timeout": seconds}
+        return CommandResult(**self._client.post(self._at(sandbox, "/run"), body, seconds + _SLACK_SECONDS))
 
     def put(self, sandbox: str, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None:
         self._client.request("PUT", self._at(sandbox, "/archive"), content=archive.pack(files, links))
@@ -235,9 +248,7 @@ class RemoteBackend:
 
     @property
     def audit_log(self) -> str:
-        raise NotImplementedError(
-            "an admin gives out a sandbox's own records only: Client.get('/v1/sandboxes/ID/audit')"
-        )
+        raise NotImplementedError("an admin gives out a sandbox's own records only: see Client.audit")
 
     def kill_all(self, sandbox: str) -> None:
         self._client.request("POST", self._at(sandbox, "/kill"))

@@ -137,19 +137,23 @@ def command_routes(router: APIRouter, control: ControlPlane) -> None:
         reply, _ = await control.call(record, "execute", limit + _SLACK_SECONDS, **arguments)
         return Json(reply)
 
-    @router.post("/sandboxes/{id}/sessions/{session}/run", response_model=schema.CommandOut)
-    async def run(
-        id: SandboxId, session: Annotated[str, Path(min_length=1, max_length=128)], body: schema.RunBody, who: Who
-    ) -> Response:
-        """Run shell text in a persistent bash, which the first command of that name starts."""
+    @router.post("/sandboxes/{id}/run", response_model=schema.CommandOut)
+    async def run(id: SandboxId, body: schema.RunBody, who: Who) -> Response:
+        """Run shell text in a session; directory, variables and functions last from one command to the next."""
         record = await control.find(who, id, "exec")
         if "\0" in body.command:
             raise SpecError("command: expected text without NUL")
         limit = seconds(record, body.timeout)
         data = body.command.encode("utf-8", "surrogateescape")
-        arguments = {"session": session, "seconds": limit, "output_bytes": record.limits.output_bytes}
+        arguments = {"session": body.session, "seconds": limit, "output_bytes": record.limits.output_bytes}
         reply, _ = await control.call(record, "run", limit + _SLACK_SECONDS, data, **arguments)
         return Json(reply)
+
+    @router.get("/sandboxes/{id}/env")
+    async def environment(id: SandboxId, who: Who) -> Response:
+        """The environment of its spec. Its worker tells: the admin keeps none."""
+        reply, _ = await control.call(await control.find(who, id, "exec"), "spec", REQUEST_SECONDS)
+        return Json(reply["spec"]["env"])
 
     @router.post("/sandboxes/{id}/kill", status_code=204, response_class=Response)
     async def kill(id: SandboxId, who: Who) -> Response:
@@ -255,6 +259,7 @@ def credential_routes(router: APIRouter, control: ControlPlane) -> None:
         key, credential = new_key(
             record.row.tenant, body.label, sandbox=id, scopes=tuple(dict.fromkeys(body.scopes)), seconds=seconds
         )
+        key.expires_at = min(key.expires_at or 0.0, record.row.deadline)
         await control.db(control.database.add_key, key)
         control.keyring.add(key)
         shown = {"id": key.id, "sandbox": id, "scopes": key.scopes.split(), "expires_at": key.expires_at}

@@ -1,7 +1,7 @@
 """Who is asking, and for what. Credentials are random; only their SHA-256 is kept.
 
-An API key belongs to a tenant and may do everything with what is the tenant's; an admin's key may do everything. A token
-is for one sandbox and names what it may do there. Nothing but GET /health is answered without one of them.
+An API key belongs to a tenant and may do everything with what is the tenant's; an admin's key may do everything. A
+token is for one sandbox and names what it may do there. Nothing but GET /health is answered without one of them.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class Scheduler:
                 progress = self._serve_one(tenant) or progress
 
     def _serve_one(self, tenant: str) -> bool:
-        queue = self._waiting.pop(tenant)
+        queue = self._waiting[tenant]
         served = False
         for turn, pinned in list(queue):
             host = None if turn.done() else self._pick(pinned)
@@ -196,7 +196,9 @@ class Scheduler:
                 queue.remove((turn, pinned))
             if served:
                 break
-        if queue:
+        if served or not queue:
+            del self._waiting[tenant]
+        if served and queue:
             self._waiting[tenant] = queue  # at the end: the others come first
         return served
 

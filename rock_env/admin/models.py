@@ -70,7 +70,7 @@ class Key(Base):
 
 
 class SandboxRow(Base):
-    """A sandbox, from the request on; rows stay after its end. `spec` has neither files nor the environment's values."""
+    """A sandbox, from the request on; rows stay after its end. `spec` has neither files nor the environment."""
 
     __tablename__ = "sandboxes"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)

@@ -116,9 +116,10 @@ class ExecuteBody(Body):
 
 
 class RunBody(Body):
-    """Shell text for a persistent bash."""
+    """Shell text for a persistent bash, which the first command of that name starts."""
 
     command: str
+    session: Annotated[str, Field(min_length=1, max_length=256)] = "default"
     timeout: Seconds | None = None
 
 
@@ -197,10 +198,4 @@ def transition_out(row: Transition) -> dict:
 
 
 def snapshot_out(row: SnapshotRow) -> dict:
-    return {
-        "id": row.id,
-        "tenant": row.tenant,
-        "sandbox": row.sandbox,
-        "state": row.state,
-        "created_at": row.created_at,
-    }
+    return {name: getattr(row, name) for name in ("id", "tenant", "sandbox", "state", "created_at")}
