@@ -1,4 +1,5 @@
-"""Measure the sandboxes of this machine: latency of every operation, CPU time per sandbox, 200 live at once.
+"""Measure the sandboxes of this machine: latency of every operation (local, and over REST), CPU time per sandbox, 200
+live at once. Needs the extra `rock`.
 
 python benchmarks/sandbox.py [--repeats 50] [--live 200] [--json FILE]
 """
@@ -9,6 +10,9 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rock_env import Limits, Sandbox, SandboxSpec, doctor, get_backend
+from rock_env.remote import Client
 
 TEN_FILES = {f"file_{number}.txt": f"line {number}\n" for number in range(10)}
 LIVE_LIMITS = Limits(memory_bytes=64 << 20, pids=16, disk_bytes=1 << 20)
@@ -117,6 +122,58 @@ def measure_live(results: Results, count: int) -> None:
                 box.stop()
 
 
+@contextmanager
+def rest_client() -> Iterator[Client]:
+    """A client of an admin with one worker, both processes of their own, on loopback."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "ROCK_ADMIN_DIR": f"{folder}/admin"}
+        command = [sys.executable, "-m", "rock_env.cli", "admin", "start", "--port", "0"]
+        with open(f"{folder}/log", "wb") as log:
+            admin = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        try:
+            url, deadline = Path(folder, "admin", "url"), time.monotonic() + 60
+            while not url.exists():
+                if admin.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the admin does not start: {Path(folder, 'log').read_text()}")
+                time.sleep(0.05)
+            with Client(url.read_text().strip(), Path(folder, "admin", "admin.key").read_text().strip()) as client:
+                yield client
+        finally:
+            admin.terminate()
+            admin.wait(60)
+
+
+def measure_rest(results: Results, repeats: int) -> None:
+    """The same over REST: admin and worker are processes of their own."""
+    with rest_client() as client:
+        client.start().stop()
+        for _ in range(repeats):
+            with results.time("REST: start (10 files)"):
+                box = client.start(SandboxSpec(files=TEN_FILES))
+            session = box.session()
+            with results.time("REST: session: first command"):
+                session.run("true")
+            for _ in range(20):
+                with results.time("REST: session: true (builtin)"):
+                    session.run("true")
+            with results.time("REST: execute: true"):
+                box.execute(["true"])
+            with results.time("REST: write_file (1 KiB)"):
+                box.write_file("written", b"x" * 1024)
+            with results.time("REST: fork"):
+                forks = client.fork(box.id)
+            for one in (*forks, box):
+                with results.time("REST: stop"):
+                    one.stop()
+        with ThreadPoolExecutor(16) as pool:
+            for _ in range(max(2, repeats // 10)):
+                with results.time("REST: 16 concurrent starts (all)"):
+                    boxes = list(pool.map(lambda _: client.start(SandboxSpec(files=TEN_FILES)), range(16)))
+                with results.time("REST: 16 concurrent first commands (all)"):
+                    list(pool.map(lambda box: box.session().run("true"), boxes))
+                list(pool.map(lambda box: box.stop(), boxes))
+
+
 def cpu_per(action: Callable[[], None], repeats: int) -> float:
     """CPU milliseconds of one `action`, in the supervisor and the sandboxes."""
     before = supervisor_cpu_seconds()
@@ -159,6 +216,7 @@ def main() -> None:
     start_run_and_stop()
     measure_operations(results, arguments.repeats)
     measure_concurrency(results, max(2, arguments.repeats // 10))
+    measure_rest(results, arguments.repeats)
     measure_live(results, arguments.live)
     cpu = {
         "start + stop": cpu_per(start_and_stop, arguments.repeats),
