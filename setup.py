@@ -66,6 +66,7 @@ setup(
             "psutil>=6",
             "tensorboard>=2.18",
             "schemathesis>=4",
+            "psycopg[binary]>=3.2",
             *ROCK,
             *PRETRAINED,
             *ORACLES,

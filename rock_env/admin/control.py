@@ -190,6 +190,8 @@ class ControlPlane:
             kept, pinned = row.spec, row.worker
         if spec is not None:
             self._check_spec(spec)
+            if kept is not None and spec.backend != kept["backend"]:
+                raise SpecError(f"backend: the snapshot is of {kept['backend']!r}, the spec has {spec.backend!r}")
         elif kept is None:
             raise SpecError("spec: expected one, as no snapshot is given")
         public = public_spec(spec) if spec is not None else dict(kept or {})
