@@ -196,12 +196,15 @@ def serve(config: AdminConfig) -> None:
     Raises:
       RockError: it cannot start.
     """
-    configure_process()
     lock = lock_directory(config.directory)
     try:
         admin = Admin(config)
-    except SQLAlchemyError as error:
-        raise BackendUnavailable(f"the database cannot be used: {type(error).__name__}") from error
+    except BaseException as error:
+        os.close(lock)
+        if isinstance(error, SQLAlchemyError):
+            raise BackendUnavailable(f"the database cannot be used: {type(error).__name__}") from error
+        raise
+    configure_process()
     app = create_app(admin.control)
 
     @contextlib.asynccontextmanager

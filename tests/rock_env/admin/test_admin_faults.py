@@ -39,8 +39,9 @@ def is_gone(processes):
     return not any((s := stat(pid)) and s[19] == start for pid, start in processes.items())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def admin(start_admin):
+    """One for all, as each test leaves it well; a worker that was killed may still be on its way back."""
     started = start_admin()
     yield started
     started.stop()
@@ -199,6 +200,7 @@ def test_a_sandbox_that_dies_alone_is_noted(admin):
     row = wait_until(lambda: (r := user.get(f"/v1/sandboxes/{box.id}"))["ended_at"] and r)
     assert (row["state"], row["reason"]) == ("stopped", "its first process was killed")
     assert other.is_alive
+    other.stop()
 
 
 def test_an_orderly_stop_leaves_nothing(start_admin):
