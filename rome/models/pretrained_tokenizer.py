@@ -90,26 +90,34 @@ class PretrainedTokenizer:
         """
         fields = open_gguf(path).fields
 
-        def get(key: str, default: Any = None) -> Any:
-            field = fields.get(f"tokenizer.{key}")
-            return default if field is None else field.contents()
+        def get(key: str, kind: type, default: Any = None) -> Any:
+            value = fields.get(f"tokenizer.{key}", default)
+            if type(value) is not kind and not (value is None and kind is not list):
+                raise TokenizerError(f"{path}: tokenizer.{key}: expected {kind.__name__}, found {value!r}")
+            return value
 
         for key, expected in (("ggml.model", "gpt2"), ("ggml.pre", "smollm")):
-            if (found := get(key)) != expected:
+            if (found := get(key, str)) != expected:
                 raise TokenizerError(f"{path}: tokenizer.{key}: expected {expected!r}, found {found!r}")
-        pieces = get("ggml.tokens")
-        merges = [tuple(merge.split(" ")) for merge in get("ggml.merges")]
+        pieces = get("ggml.tokens", list)
+        merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", list)]
         bpe = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
         digits = pre_tokenizers.Digits(individual_digits=True)
         bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         bpe.decoder = decoders.ByteLevel()
-        kinds = get("ggml.token_type", [])  # 3: control, 4: user-defined
-        for piece, kind in zip(pieces, kinds, strict=False):
+        kinds = get("ggml.token_type", list)  # 3: control, 4: user-defined
+        if len(kinds) != len(pieces):
+            raise TokenizerError(f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} types, found {len(kinds)}")
+        for piece, kind in zip(pieces, kinds, strict=True):
             if kind in (3, 4):
                 bpe.add_tokens([AddedToken(piece, special=kind == 3, normalized=False)])
-        ids = {name: get(f"ggml.{key}_token_id") for name, key in _GGUF_ROLES.items()}
-        roles = {name: pieces[index] for name, index in ids.items() if index is not None}
-        return cls(bpe, roles, get("chat_template"))
+        roles = {}
+        for name, key in _GGUF_ROLES.items():
+            if (index := get(f"ggml.{key}_token_id", int)) is not None:
+                if index >= len(pieces):
+                    raise TokenizerError(f"{path}: tokenizer.ggml.{key}_token_id: expected an id, found {index}")
+                roles[name] = pieces[index]
+        return cls(bpe, roles, get("chat_template", str))
 
     @cached_property
     def vocab_size(self) -> int:

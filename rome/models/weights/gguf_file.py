@@ -1,11 +1,13 @@
 """GGUF files (llama.cpp's format) as checkpoints: their tensors under Hugging Face names, dequantised when read.
 
-Needs the package ``gguf`` (extra ``pretrained``).
+Their blocks are dequantised by the package ``gguf`` (extra ``pretrained``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from rome.models.config import ModelConfig
 from rome.models.families import FAMILIES
 from rome.models.params import Params
+from rome.models.weights.gguf_header import GGUFFile, GGUFTensor, read_header
 from rome.models.weights.pretrained import load_params
 from rome.models.weights.tensors import LazyTensor, WeightsError
 
@@ -43,46 +46,63 @@ def load_gguf(path: str | Path, shardings: Any = None, **runtime: Any) -> tuple[
         WeightsError: the file is missing or broken, or of an architecture or with a setting that isn't supported.
         ImportError: the package ``gguf`` is not installed.
     """
-    reader = open_gguf(path)
-    config = _config(reader, Path(path), runtime)
-    return config, load_params(dict(_tensors(reader, Path(path), config)), config, shardings)
+    file = open_gguf(path)
+    config = _config(file, runtime)
+    return config, load_params(dict(_tensors(file, config)), config, shardings)
 
 
-def open_gguf(path: str | Path) -> Any:
-    """A ``gguf.GGUFReader``.
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Metadata and table of tensors, checked against each other and the file's size; no data is read.
 
     Raises:
-        WeightsError: the file is missing, cut short or no GGUF file.
+        WeightsError: the file is missing, cut short, no GGUF file, or has a tensor that can't be dequantised.
         ImportError: the package ``gguf`` is not installed.
     """
+    return read_header(Path(path), _block_sizes())
+
+
+@cache
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """Values and bytes of a block of each type that ``gguf`` dequantises, by its number."""
+    gguf = _gguf()
+    sizes = {}
+    for kind, (values, size) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        sizes[int(kind)] = (values, size)
+    return sizes
+
+
+def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
         raise ImportError("reading GGUF files needs the package gguf: pip install 'rome-agents[pretrained]'") from error
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:  # what it raises on a broken file
-        raise WeightsError(f"{path}: expected a whole GGUF file: {error}") from error
+    return gguf
 
 
 class _Metadata:
-    """Typed look-ups; keys of the architecture by their short names."""
+    """Typed look-ups; keys of the architecture by their short names, each of which has to be asked for."""
 
-    def __init__(self, reader: Any, path: Path) -> None:
-        self._fields, self._path = reader.fields, path
+    def __init__(self, file: GGUFFile) -> None:
+        self._fields, self._path = file.fields, file.path
+        self._asked: set[str] = set()
         self.architecture = self.get("general.architecture", str)
         if self.architecture not in _ARCHITECTURES:
             expected = f"one of {sorted(_ARCHITECTURES)}"
-            raise WeightsError(f"{path}: general.architecture: expected {expected}, found {self.architecture!r}")
+            raise WeightsError(f"{self._path}: general.architecture: expected {expected}, found {self.architecture!r}")
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """Raises WeightsError if the key is absent without a default, or of another type."""
-        field = self._fields.get(key)
-        value = default if field is None else field.contents()
+        self._asked.add(key)
+        value = self._fields.get(key, default)
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise WeightsError(f"{self._path}: {key}: expected {kind.__name__}, found {value!r}")
+            found = "nothing" if value is None else repr(value)
+            raise WeightsError(f"{self._path}: {key}: expected {kind.__name__}, found {found}")
         return value
 
     def own(self, key: str, kind: type, default: Any = None) -> Any:
@@ -95,20 +115,27 @@ class _Metadata:
                 f"{self._path}: {self.architecture}.{key}: expected {value!r} (no other works), found {found!r}"
             )
 
+    def finish(self) -> None:
+        """Raises WeightsError if the architecture has a key that nobody asked for: it may change what is computed."""
+        unknown = (key for key in self._fields if key.startswith(f"{self.architecture}.") and key not in self._asked)
+        if (key := next(unknown, None)) is not None:
+            raise WeightsError(f"{self._path}: {key}: unknown key, with value {self._fields[key]!r}")
 
-def _config(reader: Any, path: Path, runtime: dict[str, Any]) -> ModelConfig:
-    data = _Metadata(reader, path)
+
+def _config(file: GGUFFile, runtime: dict[str, Any]) -> ModelConfig:
+    data = _Metadata(file)
     family = FAMILIES[_ARCHITECTURES[data.architecture]]
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
-    if "token_embd.weight" not in shapes:
-        raise WeightsError(f"{path}: missing: expected token_embd.weight, found no such tensor")
+    if "token_embd.weight" not in file.tensors:
+        raise WeightsError(f"{file.path}: missing: expected token_embd.weight, found no such tensor")
+    vocab_size = file.tensors["token_embd.weight"].shape[0]
+    data.expect("vocab_size", vocab_size)
     hidden, heads = data.own("embedding_length", int), data.own("attention.head_count", int)
     head_dim = data.own("attention.key_length", int, hidden // max(heads, 1))
     data.expect("attention.value_length", head_dim)
     data.expect("rope.dimension_count", head_dim)
     data.expect("rope.scaling.type", "none")
     fields: dict[str, Any] = {
-        "vocab_size": int(shapes["token_embd.weight"][1]),  # GGUF lists the fastest axis first
+        "vocab_size": vocab_size,
         "hidden_size": hidden,
         "num_layers": data.own("block_count", int),
         "num_heads": heads,
@@ -119,11 +146,11 @@ def _config(reader: Any, path: Path, runtime: dict[str, Any]) -> ModelConfig:
         "max_position_embeddings": data.own("context_length", int),
         # stored as float32: 1e-5 comes back as 9.999999747378752e-06
         "rms_norm_eps": float(f"{data.own('attention.layer_norm_rms_epsilon', float):.6g}"),
-        "tie_embeddings": "output.weight" not in shapes,
+        "tie_embeddings": "output.weight" not in file.tensors,
         "qk_norm": family.qk_norm,
-        "qkv_bias": "blk.0.attn_q.bias" in shapes,
-        "output_bias": "blk.0.attn_output.bias" in shapes,
-        "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
+        "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
+        "output_bias": "blk.0.attn_output.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
     }
     if family.moe:
         fields |= {
@@ -132,45 +159,46 @@ def _config(reader: Any, path: Path, runtime: dict[str, Any]) -> ModelConfig:
             "moe_intermediate_size": data.own("expert_feed_forward_length", int),
             "norm_topk_prob": True,  # llama.cpp knows Qwen3-MoE only so
         }
+    else:
+        data.expect("expert_count", 0)
+        data.expect("expert_used_count", 0)
+    data.finish()
     return ModelConfig(**fields, **runtime)
 
 
-def _tensors(reader: Any, path: Path, config: ModelConfig) -> Iterator[tuple[str, LazyTensor]]:
+def _tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, LazyTensor]]:
     """Under Hugging Face names; names that this doesn't know stay as they are, and `load_params` refuses them."""
     permuted = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
-    if _Metadata(reader, path).architecture != "llama":
+    if file.fields["general.architecture"] != "llama":
         permuted = {}
-    for tensor in reader.tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
+    for tensor in file.tensors.values():
         stem, _, suffix = tensor.name.rpartition(".")
         block, _, part = stem.partition(".")[2].partition(".")
-        where = f"{path}: {tensor.name}"
+        where = f"{file.path}: {tensor.name}"
         if part in _EXPERTS:
-            for expert in range(shape[0]):
+            for expert in range(tensor.shape[0]):
                 name = f"model.layers.{block}.mlp.experts.{expert}.{_EXPERTS[part]}.{suffix}"
-                yield name, LazyTensor(shape[1:], where, _dequantise(tensor, where, expert))
+                yield name, LazyTensor(tensor.shape[1:], where, _dequantise(file.path, tensor, expert))
         elif part in _LAYER:
             heads = permuted.get(_LAYER[part], 0)
             name = f"model.layers.{block}.{_LAYER[part]}.{suffix}"
-            yield name, LazyTensor(shape, where, _dequantise(tensor, where, None, heads))
+            yield name, LazyTensor(tensor.shape, where, _dequantise(file.path, tensor, heads=heads))
         else:
-            yield f"{_TOP.get(stem, stem)}.{suffix}", LazyTensor(shape, where, _dequantise(tensor, where, None))
+            yield f"{_TOP.get(stem, stem)}.{suffix}", LazyTensor(tensor.shape, where, _dequantise(file.path, tensor))
 
 
-def _dequantise(tensor: Any, where: str, expert: int | None, heads: int = 0) -> Callable[[], np.ndarray]:
+def _dequantise(path: Path, tensor: GGUFTensor, expert: int | None = None, heads: int = 0) -> Callable[[], np.ndarray]:
     """float32 values; of one expert if given; with the rows of each of ``heads`` heads back in half-split order.
 
     llama.cpp rotates neighbouring rows of Llama's queries and keys, so its files interleave the halves of each head.
     """
 
     def read() -> np.ndarray:
-        import gguf
-
-        stored = tensor.data if expert is None else tensor.data[expert]
-        try:
-            values = gguf.quants.dequantize(stored, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise WeightsError(f"{where}: expected a type that gguf can dequantise: {error}") from error
+        shape = (*tensor.shape[:-1], tensor.size // math.prod(tensor.shape[:-1]))  # bytes a row
+        stored = np.memmap(path, np.uint8, "r", tensor.start, shape)
+        gguf = _gguf()
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        values = gguf.quants.dequantize(stored if expert is None else stored[expert], kind)
         if not heads:
             return values
         split = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])

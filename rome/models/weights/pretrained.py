@@ -58,7 +58,7 @@ def load_params(tensors: Tensors, config: ModelConfig, shardings: Any = None) ->
     needs, and one shard of one leaf is in host memory at a time.
 
     Args:
-        tensors: from `read_folder`, `read_safetensors` or `rome.models.weights.read_gguf`.
+        tensors: from `read_folder` or `read_safetensors`, or under the same names from elsewhere.
         config: the model's config.
         shardings: a pytree of `jax.sharding.Sharding` like `param_specs`; None puts all on the default device.
 
