@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from rome.models.tokenizer import BYTE_OF, TokenizerError
+from rome.files import atomic_write
+from rome.models.tokenizer import BYTE_OF, Tokenizer, TokenizerError
 from rome.models.weights import open_gguf
 
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -51,6 +53,7 @@ class PretrainedTokenizer:
             if text not in self.special:
                 raise TokenizerError(f"{name}: expected one of the special tokens, found {text!r}")
         self._added = {index: token.content.encode() for index, token in added.items()}
+        self._padded = 0
         self.roles = dict(roles)
         self.chat_template = chat_template
         own = (self.special[roles["eos_token"]],) if "eos_token" in roles else ()
@@ -119,6 +122,33 @@ class PretrainedTokenizer:
                 roles[name] = pieces[index]
         return cls(bpe, roles, get("chat_template", str))
 
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that `from_folder` and Hugging Face transformers read, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.roles}
+        files = {
+            "tokenizer.json": self._bpe.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+            "generation_config.json": json.dumps({"eos_token_id": sorted(self.stop_ids)}) + "\n",
+        }
+        if self.chat_template is not None:
+            files["chat_template.jinja"] = self.chat_template
+        for name, text in files.items():
+            atomic_write(folder / name, text)
+
+    def padded_to(self, size: int) -> PretrainedTokenizer:
+        """The same tokenizer for a model of ``size`` ids: those that it has no text for decode to U+FFFD.
+
+        Raises:
+            TokenizerError: the model has fewer ids than the tokenizer.
+        """
+        if size < self.vocab_size:
+            raise TokenizerError(f"vocab_size: expected a model of at least {self.vocab_size} ids, found {size}")
+        padded = copy.copy(self)
+        padded._padded = size
+        return padded
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id. A model's own ``vocab_size`` may be larger (padded)."""
@@ -153,6 +183,8 @@ class PretrainedTokenizer:
             return self._added[index]
         piece = self._bpe.id_to_token(index) if index >= 0 else None
         if piece is None:
+            if 0 <= index < self._padded:
+                return "\ufffd".encode()
             raise TokenizerError(f"id: expected 0..{self.vocab_size - 1}, got {index}")
         return bytes(BYTE_OF[char] for char in piece)
 
@@ -178,15 +210,30 @@ class PretrainedTokenizer:
             raise TokenizerError(f"chat_template: {error}") from error
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        after: str = "",
+        **variables: Any,
     ) -> list[int]:
-        """Ids of the rendered conversation. Special tokens' names in a message are text like any other."""
+        """Ids of the rendered conversation. Special tokens' names in a message are text like any other.
+
+        Args:
+            messages, add_generation_prompt, variables: as in `render_chat`.
+            after: give only what follows this text.
+
+        Raises:
+            TokenizerError: as in `render_chat`; or ``after`` is not in the rendered text exactly once.
+        """
         values = {"messages": list(messages), **variables}
-        marker = next(
-            chr(code) for code in _PRIVATE_USE if chr(code) not in json.dumps(values, ensure_ascii=False, default=str)
-        )
+        marker = unused_character(values)
         values = _break_names(values, self._special_pattern, marker)
         text = self.render_chat(values.pop("messages"), add_generation_prompt=add_generation_prompt, **values)
+        if after:
+            if (count := text.count(after)) != 1:
+                raise TokenizerError(f"chat_template: expected to render {after!r} once, found it {count} times")
+            text = text.partition(after)[2]
         ids: list[int] = []
         start = 0
         for match in self._special_pattern.finditer(text):
@@ -229,6 +276,23 @@ class PretrainedTokenizer:
 
 
 _GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer | PretrainedTokenizer:
+    """A tokenizer of ours or of a published model, whichever `save` wrote it.
+
+    Raises:
+        TokenizerError: the files are missing or broken.
+    """
+    if (Path(folder) / "tokenizer_config.json").exists():
+        return PretrainedTokenizer.from_folder(folder)
+    return Tokenizer.load(folder)
+
+
+def unused_character(value: Any) -> str:
+    """A character of Unicode's private use area that is in no string of ``value``."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
 
 
 def _require_byte_level(bpe: tokenizers.Tokenizer) -> None:
