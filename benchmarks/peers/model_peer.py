@@ -141,7 +141,7 @@ def hf_train(folder: Path, experts: str = "default") -> Work:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return work
 
