@@ -82,6 +82,16 @@ def get_config() -> ConfigDict:
             "optimizer": _optimizer("adamw", 1.5e-3, None, "cosine", 5),
         }
     )
+    config.resampling = ConfigDict(
+        {
+            "fraction": 0.0,
+            "source": "demonstration",
+            "start": "rollback",
+            "threshold": 0.5,
+            "anchors": 4,
+            "fork_level": 0.05,
+        }
+    )
     config.engine = ConfigDict(
         {
             "slots": 64,

@@ -14,6 +14,7 @@ from rome.models import ModelConfig
 from rome.rollout import Deadlines, EngineConfig, RolloutConfig
 from rome.training.config import LAUNCH_KEYS, ConfigError, config_to_dataclass
 from rome.training.policy import PolicySettings
+from rome.training.resampling import ResamplingSettings
 from rome.training.state import OptimizerConfig
 
 
@@ -168,6 +169,7 @@ class RunSettings:
     rollout: RolloutSettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
+    resampling: ResamplingSettings = field(default_factory=ResamplingSettings)
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -181,6 +183,13 @@ class RunSettings:
             raise ValueError("rl.router_replay: expected engine.record_experts to be True too, found False")
         if self.engine.record_experts and not self.model.get("num_experts"):
             raise ValueError("engine.record_experts: expected model.num_experts > 0, found a dense model")
+
+        experts = self.resampling.fraction > 0 and self.resampling.source == "demonstration"
+        if self.ipa.imitation != "off" and not experts:
+            raise ValueError(
+                "ipa.imitation: expected off, or resampling.fraction > 0 from demonstrations (there is nobody else to "
+                f"imitate), found {self.ipa.imitation!r}"
+            )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model with the vocabulary that its tokenizer really has."""
