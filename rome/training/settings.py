@@ -90,18 +90,16 @@ class SupervisedSettings:
 
 @dataclass(frozen=True)
 class CopySettings:
-    """Copy exercises (continued pre-training): shortest and longest contexts and segments, in tokens, and how many
-    different tokens an exercise is made of (None: the whole vocabulary); see `rome.data.copying`."""
+    """Lengths in tokens of the copy exercises' contexts and segments (continued pre-training)."""
 
     context: tuple[int, ...] = (4, 20)
     segment: tuple[int, ...] = (2, 6)
-    alphabet: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("context", "segment", "alphabet"):
+        for name in ("context", "segment"):
             value = getattr(self, name)
-            if value is not None and (len(value) != 2 or not 1 <= value[0] <= value[1]):
-                raise ValueError(f"{name}: expected a least and a greatest number (1 or more), found {value!r}")
+            if len(value) != 2 or not 1 <= value[0] <= value[1]:
+                raise ValueError(f"{name}: expected a shortest and a longest length (1 or more), found {value!r}")
 
 
 @dataclass(frozen=True)
