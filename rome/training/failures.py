@@ -2,7 +2,9 @@
 
 from rock_env import RockError
 from rome.envs import EnvFailure, TaskFormatError
+from rome.models import ConfigError as ModelConfigError
 from rome.models import TokenizerError
+from rome.models.weights import WeightsError
 from rome.rollout import EngineError, SampleBufferError
 from rome.training.checkpoint import CheckpointError
 from rome.training.config import ConfigError
@@ -17,6 +19,7 @@ EXPECTED_FAILURES: tuple[type[Exception], ...] = (
     EngineError,
     EnvFailure,
     MetricsError,
+    ModelConfigError,
     OSError,  # a full disk, a missing permission
     PackingError,
     RockError,  # no bwrap, limits that this machine can't enforce
@@ -25,5 +28,6 @@ EXPECTED_FAILURES: tuple[type[Exception], ...] = (
     TaskFormatError,
     TokenizerError,
     TrajectoryError,
+    WeightsError,
 )
 """Typed errors whose message says what is wrong and what to do about it."""

@@ -18,7 +18,15 @@ from rome.data import TaskSampler, chunk_balanced, collect_episodes, fixed_tasks
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
 from rome.envs import TerminalEnv
 from rome.files import atomic_write
-from rome.models import ChatRenderer, Tokenizer, init_induction, init_params, train_tokenizer
+from rome.models import (
+    ChatRenderer,
+    Renderer,
+    TemplateRenderer,
+    Tokenizer,
+    init_induction,
+    init_params,
+    train_tokenizer,
+)
 from rome.rollout import DecodeEngine, RolloutRunner
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
@@ -26,10 +34,11 @@ from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
 from rome.training.platform import keep_freed_memory
 from rome.training.policy import PolicyTrainer
+from rome.training.pretrained import adopt, first_params, kept_config, kept_tokenizer, zero_params
 from rome.training.report import write_report
 from rome.training.rl import GroupSource, request_for, rollout_metrics
 from rome.training.settings import RunSettings, SupervisedSettings, load_settings
-from rome.training.state import OptimizerConfig, TrainState, init_state, make_optimizer
+from rome.training.state import TrainState, init_state, make_optimizer
 from rome.training.steps import make_supervised_step
 from rome.training.supervised import copy_batches, demonstration_batches, run_supervised
 from rome.training.tracking import MetricsWriter, Progress
@@ -78,7 +87,10 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Everything that is still to be done."""
         self.demonstrations = self._prepare()
-        self.model = self.settings.model_config(self.tokenizer.vocab_size)
+        if self.settings.pretrained is None:
+            self.model = self.settings.model_config(self.tokenizer.vocab_size)
+        else:
+            self.model = kept_config(self.settings.pretrained, self.directory)
         stage, step, state, source_state = self._restore()
         if stage == "cpt":
             state = self._supervised("cpt", self.settings.cpt, step, state)
@@ -103,13 +115,16 @@ class Run:
         )
 
     def _prepare(self) -> list[Trajectory]:
-        """Demonstrations and the tokenizer trained on them: from the run's directory, or made now."""
+        """Demonstrations and their tokenizer: from the run's directory, or made now. The tokenizer is trained on them,
+        or a published model's own."""
         path, folder = self.directory / "demonstrations.msgpack", self.directory / "tokenizer"
         if path.is_file():
-            self.tokenizer = Tokenizer.load(folder)
-            self.renderer = ChatRenderer(self.tokenizer)
+            self.tokenizer = kept_tokenizer(self.directory)
+            self.renderer = self._make_renderer()
             return load_trajectories(path)
         s = self.settings
+        if s.pretrained is not None:
+            self.tokenizer = adopt(s.pretrained, self.directory)
         first = DEMONSTRATION_SEEDS + (s.seed % 64) * SEEDS_PER_RUN
         horizons = chunk_balanced(s.tasks.horizons) if s.demonstrations.balance_chunks else s.tasks.horizons
         specs = fixed_tasks(s.tasks.families, horizons, s.demonstrations.count, first)
@@ -123,10 +138,11 @@ class Run:
             s.demonstrations.workers,
             on_episode=lambda done: self.progress.update(done),
         )
-        texts = (text for episode in episodes for text in episode.texts())
-        self.tokenizer = train_tokenizer(texts, s.vocab_size, digits=s.digits_per_token)
-        self.tokenizer.save(folder)
-        self.renderer = ChatRenderer(self.tokenizer)
+        if s.pretrained is None:
+            texts = (text for episode in episodes for text in episode.texts())
+            self.tokenizer = train_tokenizer(texts, s.vocab_size, digits=s.digits_per_token)
+            self.tokenizer.save(folder)
+        self.renderer = self._make_renderer()
         trajectories = tokenize_episodes(episodes, self.renderer)
         solved = sum(e.reward > 0 for e in episodes) / len(episodes)
         metrics = {"demonstrations/success": solved, "time/demonstrations": time.monotonic() - started}
@@ -135,17 +151,24 @@ class Run:
         save_trajectories(path, trajectories)
         return trajectories
 
+    def _make_renderer(self) -> Renderer:
+        return (
+            ChatRenderer(self.tokenizer) if isinstance(self.tokenizer, Tokenizer) else TemplateRenderer(self.tokenizer)
+        )
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _optimizer_of(self, stage: str) -> tuple[OptimizerConfig, int]:
-        s = self.settings
-        if stage == "ipa":
-            return s.rl.optimizer, s.rl.steps * s.rl.updates_per_batch
-        section: SupervisedSettings = getattr(s, stage)
-        return section.optimizer, section.steps
-
     def _fresh_state(self, stage: str, params: Any) -> TrainState:
-        return init_state(params, make_optimizer(*self._optimizer_of(stage)))
+        return init_state(params, make_optimizer(*self.settings.optimizer_of(stage)))
+
+    def _first_params(self) -> Any:
+        """Drawn, or those of the published model."""
+        if self.settings.pretrained is not None:
+            return first_params(self.settings.pretrained, self.directory)
+        fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
+        if self.settings.induction:
+            fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
+        return fresh
 
     def _global_step(self, stage: str, step: int) -> int:
         """Checkpoints are numbered over all stages, with numbers of their own for what starts a stage: SFT, IPA, and
@@ -169,15 +192,13 @@ class Run:
 
     def _restore(self) -> tuple[str, int, TrainState, tuple[dict[str, Any], bytes] | None]:
         """(stage, step, state, rollout state): from the newest checkpoint, or a new policy at the first step."""
-        fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
-        if self.settings.induction:
-            fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
         latest = self.checkpointer.latest_step
         if latest is None:
             self.writer.restore(min(self.writer.num_records, 1))  # the record of the demonstrations stays
-            return "cpt", 0, self._fresh_state("cpt", fresh), None
+            return "cpt", 0, self._fresh_state("cpt", self._first_params()), None
         stage = str(self.checkpointer.cursor(latest)["stage"])
-        state, cursor, buffer = self.checkpointer.restore(latest, self._fresh_state(stage, fresh))
+        template = self._fresh_state(stage, zero_params(self.model))
+        state, cursor, buffer = self.checkpointer.restore(latest, template)
         self.writer.restore(int(cursor["records"]))
         self.results = dict(cursor["results"])
         self.key = jax.random.wrap_key_data(jax.numpy.array(cursor["prng_key"], "uint32"))
@@ -190,7 +211,7 @@ class Run:
         """Continued pre-training on copy exercises, or SFT on demonstrations."""
         s = self.settings
         if stage == "cpt":
-            batch_at = copy_batches(section, s.copying, self.demonstrations, s.seed)
+            batch_at = copy_batches(section, s.copying, self.demonstrations, self.renderer, s.seed)
         else:
             batch_at = demonstration_batches(section, self.demonstrations, self.renderer, s.seed)
         self.progress.start(stage, section.steps, start)
@@ -204,7 +225,7 @@ class Run:
             self.writer.write(step, stage, {**metrics, "train/tokens_per_second": speed, "time/step": seconds / done})
             self.progress.update(step, loss=metrics["train/loss"], tokens_per_second=speed)
 
-        step_function = make_supervised_step(self.model, make_optimizer(*self._optimizer_of(stage)))
+        step_function = make_supervised_step(self.model, make_optimizer(*self.settings.optimizer_of(stage)))
         save = lambda step, at: self._save(stage, step, at)  # noqa: E731
         every = s.checkpoint.supervised_every
         state = run_supervised(state, start, section, batch_at, step_function, on_metrics, save, every)
@@ -220,9 +241,7 @@ class Run:
         )
         engine.warmup()
         sampler = TaskSampler(s.tasks.families, s.tasks.horizons, s.seed, s.tasks.focus, s.tasks.floor)
-        trainer = PolicyTrainer(
-            self.model, s.ipa, make_optimizer(*self._optimizer_of("ipa")), s.rl, s.engine.temperature
-        )
+        trainer = PolicyTrainer(self.model, s.ipa, make_optimizer(*s.optimizer_of("ipa")), s.rl, s.engine.temperature)
         trainer.warmup(state)
         with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
             source = GroupSource(s, runner, sampler, self.demonstrations)
