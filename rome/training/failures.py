@@ -3,6 +3,7 @@
 from rock_env import RockError
 from rome.envs import EnvFailure, TaskFormatError
 from rome.models import TokenizerError
+from rome.models.sharding import ShardingError
 from rome.rollout import EngineError, SampleBufferError
 from rome.training.checkpoint import CheckpointError
 from rome.training.config import ConfigError
@@ -22,6 +23,7 @@ EXPECTED_FAILURES: tuple[type[Exception], ...] = (
     RockError,  # no bwrap, limits that this machine can't enforce
     RolloutsFailed,
     SampleBufferError,
+    ShardingError,
     TaskFormatError,
     TokenizerError,
     TrajectoryError,

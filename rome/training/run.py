@@ -6,6 +6,7 @@ run that was killed and started again gives the same metrics, bit for bit, as on
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -18,18 +19,20 @@ from rome.data import TaskSampler, chunk_balanced, collect_episodes, fixed_tasks
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
 from rome.envs import TerminalEnv
 from rome.files import atomic_write
-from rome.models import ChatRenderer, Tokenizer, init_induction, init_params, train_tokenizer
+from rome.models import ChatRenderer, Tokenizer, init_induction, init_params, param_specs, train_tokenizer
+from rome.models.lora import adapt, merge
+from rome.models.sharding import make_mesh, param_shardings
 from rome.rollout import DecodeEngine, RolloutRunner
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
 from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
-from rome.training.platform import keep_freed_memory
+from rome.training.platform import keep_freed_memory, require_devices
 from rome.training.policy import PolicyTrainer
 from rome.training.report import write_report
 from rome.training.rl import GroupSource, request_for, rollout_metrics
 from rome.training.settings import RunSettings, SupervisedSettings, load_settings
-from rome.training.state import OptimizerConfig, TrainState, init_state, make_optimizer
+from rome.training.state import OptimizerConfig, TrainState, init_state_on, make_optimizer
 from rome.training.steps import make_supervised_step
 from rome.training.supervised import copy_batches, demonstration_batches, run_supervised
 from rome.training.tracking import MetricsWriter, Progress
@@ -44,6 +47,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """Runs, or continues, the run of `config` in its directory; returns what `result.json` holds."""
     keep_freed_memory()
     settings = load_settings(config)
+    require_devices(settings)
     directory, _ = open_run(config, MAY_CHANGE)
     finished = directory / "result.json"
     if finished.is_file():
@@ -72,7 +76,9 @@ class Run:
     ) -> None:
         self.settings, self.directory = settings, directory
         self.writer, self.progress, self.checkpointer = writer, progress, checkpointer
+        self.mesh, self.rollout_mesh = make_mesh(settings.mesh.train), make_mesh(settings.mesh.rollout)
         self.key = jax.random.key(settings.seed)
+        self._merge = jax.jit(merge) if settings.rl.lora.rank else lambda params: params
         self.results: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -145,7 +151,10 @@ class Run:
         return section.optimizer, section.steps
 
     def _fresh_state(self, stage: str, params: Any) -> TrainState:
-        return init_state(params, make_optimizer(*self._optimizer_of(stage)))
+        lora = self.settings.rl.lora
+        if stage == "ipa" and lora.rank:
+            params = adapt(params, self.model, lora, jax.random.fold_in(self.key, 2))
+        return init_state_on(self.mesh, params, make_optimizer(*self._optimizer_of(stage)), self.model)
 
     def _global_step(self, stage: str, step: int) -> int:
         """Checkpoints are numbered over all stages, with numbers of their own for what starts a stage: SFT, IPA, and
@@ -169,9 +178,11 @@ class Run:
 
     def _restore(self) -> tuple[str, int, TrainState, tuple[dict[str, Any], bytes] | None]:
         """(stage, step, state, rollout state): from the newest checkpoint, or a new policy at the first step."""
+        split = None if self.mesh is None else param_shardings(param_specs(self.model), self.mesh)
         fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
         if self.settings.induction:
             fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
+        fresh = fresh if split is None else jax.device_put(fresh, split)
         latest = self.checkpointer.latest_step
         if latest is None:
             self.writer.restore(min(self.writer.num_records, 1))  # the record of the demonstrations stays
@@ -204,7 +215,7 @@ class Run:
             self.writer.write(step, stage, {**metrics, "train/tokens_per_second": speed, "time/step": seconds / done})
             self.progress.update(step, loss=metrics["train/loss"], tokens_per_second=speed)
 
-        step_function = make_supervised_step(self.model, make_optimizer(*self._optimizer_of(stage)))
+        step_function = make_supervised_step(self.model, make_optimizer(*self._optimizer_of(stage)), self.mesh)
         save = lambda step, at: self._save(stage, step, at)  # noqa: E731
         every = s.checkpoint.supervised_every
         state = run_supervised(state, start, section, batch_at, step_function, on_metrics, save, every)
@@ -216,12 +227,18 @@ class Run:
         """IPA, with evaluations before, during and after it."""
         s = self.settings
         engine = DecodeEngine(
-            state.params, self.model, s.engine, self.renderer.stop_ids, self.tokenizer.pad_id, version=start
+            self._rollout_params(state.params),
+            self.model,
+            s.engine,
+            self.renderer.stop_ids,
+            self.tokenizer.pad_id,
+            version=start,
+            mesh=self.rollout_mesh,
         )
         engine.warmup()
         sampler = TaskSampler(s.tasks.families, s.tasks.horizons, s.seed, s.tasks.focus, s.tasks.floor)
         trainer = PolicyTrainer(
-            self.model, s.ipa, make_optimizer(*self._optimizer_of("ipa")), s.rl, s.engine.temperature
+            self.model, s.ipa, make_optimizer(*self._optimizer_of("ipa")), s.rl, s.engine.temperature, self.mesh
         )
         trainer.warmup(state)
         with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
@@ -244,6 +261,17 @@ class Run:
                     held_out = self._evaluate(runner, "held_out", s.rl.steps, max(1, s.evaluation.tasks // 3), True)
                     self.results["held_out_families"] = held_out
 
+    def _rollout_params(self, params: Any) -> Any:
+        """The weights as the engine wants them: in the model's dtype, where its mesh has them."""
+        serving = dataclasses.replace(self.model, param_dtype=self.model.dtype)
+        params = self._merge(params)
+        if self.mesh is None and self.rollout_mesh is None and serving == self.model:
+            return params
+        where = jax.devices()[0]
+        if self.rollout_mesh is not None:
+            where = param_shardings(param_specs(serving), self.rollout_mesh)
+        return jax.device_put(jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), params), where)
+
     def _policy_step(
         self, step: int, state: TrainState, trainer: PolicyTrainer, source: GroupSource, engine: DecodeEngine
     ) -> TrainState:
@@ -255,7 +283,7 @@ class Run:
             rolled = time.monotonic()
             keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
             state, update = trainer.update(state, [t for group in groups for t in group], s.seed + step, annotate=keep)
-            engine.update_params(state.params, step + 1)
+            engine.update_params(self._rollout_params(state.params), step + 1)
             source.buffer.set_version(step + 1)
         ended = time.monotonic()
         metrics = rollout_metrics(groups, step) | update.metrics | source.metrics()
