@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= rome_tiny
 ARGS ?=
+# Test files side by side; a file's tests stay together and in order.
+JOBS ?= 2
 BIN := $(VENV)/bin
 # Where each stamp records a finished installation; both depend on what they install.
 RUN_STAMP := $(VENV)/.installed
@@ -31,7 +33,7 @@ moe: CONFIG := rome_tiny_moe
 moe: train
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

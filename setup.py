@@ -52,6 +52,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "chex>=0.1.90",
             "ruff>=0.8",

@@ -4,6 +4,7 @@ from rock_env import RockError
 from rome.envs import EnvFailure, TaskFormatError
 from rome.models import ConfigError as ModelConfigError
 from rome.models import TokenizerError
+from rome.models.sharding import ShardingError
 from rome.models.weights import WeightsError
 from rome.rollout import EngineError, SampleBufferError
 from rome.training.checkpoint import CheckpointError
@@ -25,6 +26,7 @@ EXPECTED_FAILURES: tuple[type[Exception], ...] = (
     RockError,  # no bwrap, limits that this machine can't enforce
     RolloutsFailed,
     SampleBufferError,
+    ShardingError,
     TaskFormatError,
     TokenizerError,
     TrajectoryError,

@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 
 from rome.files import atomic_write
 from rome.models import ModelConfig, PretrainedTokenizer, TemplateRenderer, Tokenizer, load_tokenizer, param_specs
+from rome.models.lora import adapt, merge
 from rome.models.params import Params, is_spec
 from rome.models.weights import check_pretrained, load_config, load_pretrained, save_pretrained
 from rome.training.checkpoint import Checkpointer, CheckpointError
 from rome.training.config import ConfigError
-from rome.training.settings import PretrainedModel, load_settings
-from rome.training.state import init_state, make_optimizer
+from rome.training.settings import PretrainedModel, RunSettings, load_settings
+from rome.training.state import TrainState, init_state, make_optimizer
 
 FOLDER = "tokenizer"
 
@@ -57,13 +58,13 @@ def kept_tokenizer(run: Path) -> Tokenizer | PretrainedTokenizer:
     return tokenizer.padded_to(load_config(run / FOLDER).vocab_size)
 
 
-def first_params(model: PretrainedModel, run: Path) -> Params:
-    """The weights that the run starts from.
+def first_params(model: PretrainedModel, run: Path, shardings: Any = None) -> Params:
+    """The weights that the run starts from, read straight to where ``shardings`` wants them.
 
     Raises:
         ConfigError: the folder's ``config.json`` is no longer the one that the run has adopted.
     """
-    config, params = load_pretrained(model.pretrained, **model.runtime)
+    config, params = load_pretrained(model.pretrained, shardings, **model.runtime)
     if config != kept_config(model, run):
         raise ConfigError(
             f"{model.pretrained}/config.json: expected the model that this run was started with, found another"
@@ -73,6 +74,8 @@ def first_params(model: PretrainedModel, run: Path) -> Params:
 
 def export_run(run: str | Path, folder: str | Path, step: int | None = None) -> int:
     """Writes the policy of a run's checkpoint as a Hugging Face folder: config, weights, tokenizer, chat template.
+
+    Adapters are merged. The checkpoint may have been written on any number of devices.
 
     Args:
         run: the directory of a run that started from a published model.
@@ -101,14 +104,27 @@ def export_run(run: str | Path, folder: str | Path, step: int | None = None) -> 
         if at is None:
             raise CheckpointError(f"{run / 'checkpoints'}: expected a checkpoint, found none")
         stage = str(checkpointer.cursor(at)["stage"])
-        optimizer = make_optimizer(*settings.optimizer_of(stage))
-        template = jax.eval_shape(lambda: init_state(zero_params(config), optimizer))
-        state, _, _ = checkpointer.restore(at, template)
+        state, _, _ = checkpointer.restore(at, _abstract_state(settings, config, stage))
     finally:
         checkpointer.close()
-    save_pretrained(folder, state.params, config)
+    save_pretrained(folder, merge(state.params), config)
     kept_tokenizer(run).save(folder)
     return at
+
+
+def _abstract_state(settings: RunSettings, config: ModelConfig, stage: str) -> TrainState:
+    """The shapes of a stage's state, all on this process's first device."""
+    optimizer, lora = make_optimizer(*settings.optimizer_of(stage)), settings.rl.lora
+
+    def fresh() -> TrainState:
+        params = zero_params(config)
+        return init_state(
+            adapt(params, config, lora, jax.random.key(0)) if stage == "ipa" and lora.rank else params, optimizer
+        )
+
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(fresh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
 
 
 def zero_params(config: ModelConfig) -> Params:

@@ -6,6 +6,7 @@ run that was killed and started again gives the same metrics, bit for bit, as on
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -25,20 +26,23 @@ from rome.models import (
     Tokenizer,
     init_induction,
     init_params,
+    param_specs,
     train_tokenizer,
 )
+from rome.models.lora import adapt, merge
+from rome.models.sharding import make_mesh, param_shardings
 from rome.rollout import DecodeEngine, RolloutRunner
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
 from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
-from rome.training.platform import keep_freed_memory
+from rome.training.platform import keep_freed_memory, require_devices
 from rome.training.policy import PolicyTrainer
 from rome.training.pretrained import adopt, first_params, kept_config, kept_tokenizer, zero_params
 from rome.training.report import write_report
 from rome.training.rl import GroupSource, request_for, rollout_metrics
 from rome.training.settings import RunSettings, SupervisedSettings, load_settings
-from rome.training.state import TrainState, init_state, make_optimizer
+from rome.training.state import TrainState, init_state_on, make_optimizer
 from rome.training.steps import make_supervised_step
 from rome.training.supervised import copy_batches, demonstration_batches, run_supervised
 from rome.training.tracking import MetricsWriter, Progress
@@ -53,6 +57,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """Runs, or continues, the run of `config` in its directory; returns what `result.json` holds."""
     keep_freed_memory()
     settings = load_settings(config)
+    require_devices(settings)
     directory, _ = open_run(config, MAY_CHANGE)
     finished = directory / "result.json"
     if finished.is_file():
@@ -81,7 +86,9 @@ class Run:
     ) -> None:
         self.settings, self.directory = settings, directory
         self.writer, self.progress, self.checkpointer = writer, progress, checkpointer
+        self.mesh, self.rollout_mesh = make_mesh(settings.mesh.train), make_mesh(settings.mesh.rollout)
         self.key = jax.random.key(settings.seed)
+        self._merge = jax.jit(merge) if settings.rl.lora.rank else lambda params: params
         self.results: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -159,12 +166,22 @@ class Run:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _fresh_state(self, stage: str, params: Any) -> TrainState:
-        return init_state(params, make_optimizer(*self.settings.optimizer_of(stage)))
+        lora = self.settings.rl.lora
+        if stage == "ipa" and lora.rank:
+            params = adapt(params, self.model, lora, jax.random.fold_in(self.key, 2))
+        return init_state_on(self.mesh, params, make_optimizer(*self.settings.optimizer_of(stage)), self.model)
+
+    def _placed(self, params: Any) -> Any:
+        """The parameters, each where the mesh wants it."""
+        return (
+            params if self.mesh is None else jax.device_put(params, param_shardings(param_specs(self.model), self.mesh))
+        )
 
     def _first_params(self) -> Any:
         """Drawn, or those of the published model."""
         if self.settings.pretrained is not None:
-            return first_params(self.settings.pretrained, self.directory)
+            where = None if self.mesh is None else param_shardings(param_specs(self.model), self.mesh)
+            return first_params(self.settings.pretrained, self.directory, where)
         fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
         if self.settings.induction:
             fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
@@ -195,9 +212,9 @@ class Run:
         latest = self.checkpointer.latest_step
         if latest is None:
             self.writer.restore(min(self.writer.num_records, 1))  # the record of the demonstrations stays
-            return "cpt", 0, self._fresh_state("cpt", self._first_params()), None
+            return "cpt", 0, self._fresh_state("cpt", self._placed(self._first_params())), None
         stage = str(self.checkpointer.cursor(latest)["stage"])
-        template = self._fresh_state(stage, zero_params(self.model))
+        template = self._fresh_state(stage, self._placed(zero_params(self.model)))
         state, cursor, buffer = self.checkpointer.restore(latest, template)
         self.writer.restore(int(cursor["records"]))
         self.results = dict(cursor["results"])
@@ -225,7 +242,8 @@ class Run:
             self.writer.write(step, stage, {**metrics, "train/tokens_per_second": speed, "time/step": seconds / done})
             self.progress.update(step, loss=metrics["train/loss"], tokens_per_second=speed)
 
-        step_function = make_supervised_step(self.model, make_optimizer(*self.settings.optimizer_of(stage)))
+        optimizer = make_optimizer(*self.settings.optimizer_of(stage))
+        step_function = make_supervised_step(self.model, optimizer, self.mesh)
         save = lambda step, at: self._save(stage, step, at)  # noqa: E731
         every = s.checkpoint.supervised_every
         state = run_supervised(state, start, section, batch_at, step_function, on_metrics, save, every)
@@ -237,14 +255,22 @@ class Run:
         """IPA, with evaluations before, during and after it."""
         s = self.settings
         engine = DecodeEngine(
-            state.params, self.model, s.engine, self.renderer.stop_ids, self.tokenizer.pad_id, version=start
+            self._rollout_params(state.params),
+            self.model,
+            s.engine,
+            self.renderer.stop_ids,
+            self.tokenizer.pad_id,
+            version=start,
+            mesh=self.rollout_mesh,
         )
         engine.warmup()
         sampler = TaskSampler(s.tasks.families, s.tasks.horizons, s.seed, s.tasks.focus, s.tasks.floor)
-        trainer = PolicyTrainer(self.model, s.ipa, make_optimizer(*s.optimizer_of("ipa")), s.rl, s.engine.temperature)
+        trainer = PolicyTrainer(
+            self.model, s.ipa, make_optimizer(*s.optimizer_of("ipa")), s.rl, s.engine.temperature, self.mesh
+        )
         trainer.warmup(state)
         with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
-            source = GroupSource(s, runner, sampler)
+            source = GroupSource(s, runner, sampler, self.demonstrations)
             if source_state is not None:
                 source.load_state_dict(*source_state)
             if "warm_start" not in self.results:
@@ -263,6 +289,17 @@ class Run:
                     held_out = self._evaluate(runner, "held_out", s.rl.steps, max(1, s.evaluation.tasks // 3), True)
                     self.results["held_out_families"] = held_out
 
+    def _rollout_params(self, params: Any) -> Any:
+        """The weights as the engine wants them: in the model's dtype, where its mesh has them."""
+        serving = dataclasses.replace(self.model, param_dtype=self.model.dtype)
+        params = self._merge(params)
+        if self.mesh is None and self.rollout_mesh is None and serving == self.model:
+            return params
+        where = jax.devices()[0]
+        if self.rollout_mesh is not None:
+            where = param_shardings(param_specs(serving), self.rollout_mesh)
+        return jax.device_put(jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), params), where)
+
     def _policy_step(
         self, step: int, state: TrainState, trainer: PolicyTrainer, source: GroupSource, engine: DecodeEngine
     ) -> TrainState:
@@ -273,8 +310,9 @@ class Run:
             groups = source.batch(step)
             rolled = time.monotonic()
             keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
-            state, update = trainer.update(state, [t for group in groups for t in group], s.seed + step, annotate=keep)
-            engine.update_params(state.params, step + 1)
+            samples = [t for group in groups for t in group]
+            state, update = trainer.update(state, samples, s.seed + step, keep, source.experts)
+            engine.update_params(self._rollout_params(state.params), step + 1)
             source.buffer.set_version(step + 1)
         ended = time.monotonic()
         metrics = rollout_metrics(groups, step) | update.metrics | source.metrics()
@@ -290,7 +328,7 @@ class Run:
         self.writer.write(step + 1, "ipa", metrics)
         self.progress.update(
             step + 1,
-            success=metrics["train/success"],
+            success=metrics.get("train/success", float("nan")),
             tokens_per_second=metrics["rollout/tokens_per_second"],
             seconds=metrics["time/step"],
         )

@@ -12,9 +12,11 @@ from rome.envs import FAMILIES, HELD_OUT_FAMILIES
 from rome.envs.families import MAX_HORIZON, MIN_HORIZON
 from rome.ipa import ObjectiveConfig, validate_asynchrony
 from rome.models import ModelConfig
+from rome.models.sharding import MeshConfig
 from rome.rollout import Deadlines, EngineConfig, RolloutConfig
 from rome.training.config import LAUNCH_KEYS, ConfigError, config_to_dataclass
 from rome.training.policy import PolicySettings
+from rome.training.resampling import ResamplingSettings
 from rome.training.state import OptimizerConfig
 
 
@@ -22,6 +24,11 @@ def _at_least(section: object, **limits: float) -> None:
     for name, limit in limits.items():
         if not getattr(section, name) >= limit:
             raise ValueError(f"{name}: expected at least {limit}, found {getattr(section, name)!r}")
+
+
+def _multiple(name: str, value: int, of: str, ways: int) -> None:
+    if value % ways:
+        raise ValueError(f"{name}: expected a multiple of {ways} (the ways in which {of} splits it), found {value}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,18 @@ class PretrainedModel:
 
 
 @dataclass(frozen=True)
+class MeshSettings:
+    """How training, and how rollouts, spread over the devices (`rome.models.sharding`)."""
+
+    train: MeshConfig = field(default_factory=MeshConfig)
+    rollout: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if self.rollout.context > 1:
+            raise ValueError(f"rollout.context: expected 1 (a token is decoded whole), found {self.rollout.context}")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """A whole config file. `induction`: start with `rome.models.init_induction`.
 
@@ -195,12 +214,20 @@ class RunSettings:
     rollout: RolloutSettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
+    resampling: ResamplingSettings = field(default_factory=ResamplingSettings)
     vocab_size: int | None = None
     digits_per_token: int | None = None
     tensorboard: bool = True
+    mesh: MeshSettings = field(default_factory=MeshSettings)
 
     def __post_init__(self) -> None:
         _at_least(self, seed=0)
+        _multiple("rl.micro_rows", self.rl.micro_rows, "mesh.train", self.mesh.train.row_shards)
+        _multiple("engine slots a cohort", self.engine.slots_per_cohort, "mesh.rollout", self.mesh.rollout.row_shards)
+        prompts = min(self.engine.prompt_rows, self.engine.slots_per_cohort)
+        _multiple("engine.prompt_rows", prompts, "mesh.rollout", self.mesh.rollout.row_shards)
+        shards = self.mesh.train.context * self.mesh.train.tensor
+        _multiple("rl.row_length", self.rl.row_length, "mesh.train context × tensor", shards)
         if self.rl.max_chunks < self.environment.max_chunks:
             raise ValueError(
                 f"rl.max_chunks: expected at least environment.max_chunks = {self.environment.max_chunks}, "
@@ -217,6 +244,13 @@ class RunSettings:
             raise ValueError("induction: expected False with model.pretrained, found True")
         if self.engine.record_experts and not self.starts_pretrained and not self.model.get("num_experts"):
             raise ValueError("engine.record_experts: expected model.num_experts > 0, found a dense model")
+
+        experts = self.resampling.fraction > 0 and self.resampling.source == "demonstration"
+        if self.ipa.imitation != "off" and not experts:
+            raise ValueError(
+                "ipa.imitation: expected off, or resampling.fraction > 0 from demonstrations (there is nobody else to "
+                f"imitate), found {self.ipa.imitation!r}"
+            )
 
     @property
     def starts_pretrained(self) -> bool:

@@ -24,11 +24,13 @@ from rock_env import doctor
 from rome.envs import draft_task, expert_actions
 from rome.models import ConfigError as ModelConfigError
 from rome.models import PretrainedTokenizer, TokenizerError, forward
+from rome.models.lora import adapt, merge
 from rome.models.weights import WeightsError, load_pretrained
-from rome.training.checkpoint import CheckpointError
+from rome.training.checkpoint import Checkpointer, CheckpointError
 from rome.training.config import ConfigError, load_config
-from rome.training.pretrained import adopt, export_run, first_params, kept_tokenizer
+from rome.training.pretrained import adopt, export_run, first_params, kept_config, kept_tokenizer
 from rome.training.settings import PretrainedModel, load_settings
+from rome.training.state import init_state, make_optimizer
 from rome.trajectory import load_trajectories
 
 torch = pytest.importorskip("torch", reason="needs the oracle torch")
@@ -268,6 +270,27 @@ def test_another_model_in_its_place_is_noticed(published, tmp_path):
     edit(folder / "config.json", rms_norm_eps=1e-3)
     with pytest.raises(ConfigError, match="expected the model that this run was started with"):
         first_params(model, tmp_path / "run")
+
+
+def test_adapters_are_merged_on_the_way_out(published, tmp_path):
+    run = tmp_path / "run"
+    model = PretrainedModel(str(published))
+    adopt(model, run)
+    plain = load_config([CONFIG, f"--config.model.pretrained={published}"]).to_dict()
+    plain["rl"]["lora"] = {"rank": 2, "alpha": 8.0, "targets": ["wq", "down", "embedding"]}
+    (run / "config.json").write_text(json.dumps(plain))
+    settings, config = load_settings(ConfigDict(plain)), kept_config(model, run)
+    params = adapt(first_params(model, run), config, settings.rl.lora, jax.random.key(1))
+    params = params.replace(adapters=jax.tree.map(lambda leaf: leaf + 0.1, params.adapters))
+    checkpointer = Checkpointer(run / "checkpoints")
+    state = init_state(params, make_optimizer(*settings.optimizer_of("ipa")))
+    checkpointer.save(7, state, {"stage": "ipa", "step": 0})
+    checkpointer.close()
+    assert export_run(run, tmp_path / "exported") == 7
+    found_config, found = load_pretrained(tmp_path / "exported")
+    assert found_config == config
+    jax.tree.map(np.testing.assert_array_equal, found, merge(params))
+    assert np.abs(found["embedding"] - params.base["embedding"]).max() > 0.01
 
 
 @pytest.mark.slow
