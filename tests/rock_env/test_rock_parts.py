@@ -57,7 +57,7 @@ def _version_2(directory):
     hierarchies.version = 2
     hierarchies.base = dict.fromkeys(("memory", "pids", "cpu"), str(directory))
     (directory / "rock-test").mkdir()
-    return cgroups.Group(hierarchies, "rock-test", "box")
+    return cgroups.Group.make(hierarchies, "rock-test", "box")
 
 
 def test_version_2_limits_and_statistics(tmp_path):
@@ -91,7 +91,7 @@ def test_version_2_freezer_on_a_real_hierarchy(tmp_path):
     hierarchies.base = {"freezer": points[0]}
     supervisor = f"rock-test-{os.getpid()}"
     os.mkdir(f"{points[0]}/{supervisor}")
-    group = cgroups.Group(hierarchies, supervisor, "box")
+    group = cgroups.Group.make(hierarchies, supervisor, "box")
     process = subprocess.Popen(["bash", "-c", "while :; do :; done"])
     try:
         Path(group.directories[0], "cgroup.procs").write_text(str(process.pid))
