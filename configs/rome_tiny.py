@@ -46,9 +46,9 @@ def get_config() -> ConfigDict:
         }
     )
     config.environment = ConfigDict({"max_chunks": 10, "max_observation_chars": 200, "command_seconds": 5.0})
-    config.demonstrations = ConfigDict({"count": 2000, "flawed_fraction": 0.45, "balance_chunks": True, "workers": 8})
-    config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
-    config.cpt = _supervised(steps=40, rows=32, row_length=64)
+    config.demonstrations = ConfigDict({"count": 2000, "flawed_fraction": 0.35, "balance_chunks": True, "workers": 8})
+    config.copying = ConfigDict({"context": (4, 40), "segment": (2, 6), "alphabet": (6, 60)})
+    config.cpt = _supervised(steps=100, rows=32, row_length=96)
     config.sft = _supervised(steps=1500, rows=12, row_length=192)
     config.ipa = ConfigDict(
         {
@@ -80,6 +80,16 @@ def get_config() -> ConfigDict:
             "skip_inert": True,
             "save_every": 25,
             "optimizer": _optimizer("adamw", 1.5e-3, None, "cosine", 5),
+        }
+    )
+    config.resampling = ConfigDict(
+        {
+            "fraction": 0.0,
+            "source": "demonstration",
+            "start": "rollback",
+            "threshold": 0.5,
+            "anchors": 4,
+            "fork_level": 0.05,
         }
     )
     config.engine = ConfigDict(

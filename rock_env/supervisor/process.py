@@ -144,6 +144,8 @@ def enter_and_exec(
     """In a fresh child, already in the pid namespace: join everything else, drop all privileges, exec. No return."""
     try:
         os.setsid()
+        # The agent's processes go first at the memory limit; the sandbox's own (bubblewrap, its first process) live on.
+        linux.offer_to_oom_killer()
         cgroups.join(confinement.directories)
         linux.setns(pidfd, _ALL_NAMESPACES)
         soft, hard = open_files()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import optax
 from rome.ipa import ObjectiveConfig, PolicyBatch, Totals, batch_totals, merge_metrics, trajectory_returns
 from rome.models import ModelConfig
 from rome.training.packing import PackedRows, pack_trajectories
+from rome.training.resampling import Expert
 from rome.training.state import OptimizerConfig, TrainState
 from rome.training.steps import PolicyStep
 from rome.trajectory import Trajectory
@@ -82,6 +83,10 @@ class PolicyTrainer:
         on_policy = settings.updates_per_batch == 1
         self._step = PolicyStep(model, objective, optimizer, on_policy, temperature)
         self._compute_returns = jax.jit(partial(trajectory_returns, config=objective), static_argnums=2)
+        # an expert has no group to be compared with
+        self._expert_returns = jax.jit(
+            partial(trajectory_returns, config=replace(objective, baseline="none")), static_argnums=2
+        )
         self._totals = jax.jit(lambda batch: batch_totals(batch, objective))
         self._add = jax.jit(lambda a, b: jax.tree.map(lambda x, y: x + y, a, b))
         self._merge = jax.jit(lambda a, b: merge_metrics(jax.tree.map(lambda x, y: jax.numpy.stack([x, y]), a, b)))
@@ -96,6 +101,8 @@ class PolicyTrainer:
         rewards, chunks = np.zeros(count, np.float32), np.ones(count, np.int32)
         self._compute_returns(rewards, chunks, width, group_ids=np.zeros(count, np.int32), intrinsic=None)
         batch = self._batches([], np.zeros((0, width), np.float32), {})[1][0]
+        if self._objective.imitation != "off":
+            self._expert_returns(rewards[: s.groups], chunks[: s.groups], width)
         totals = self._add(Totals(np.float32(0), np.float32(0)), self._totals(batch))
         gradients = self._step.zeros(state.params)
         share = np.float32(1)
@@ -106,10 +113,22 @@ class PolicyTrainer:
         self._step.apply.lower(state, gradients).compile()  # not called: it would need the memory of a second state
 
     def update(
-        self, state: TrainState, trajectories: Sequence[Trajectory], seed: int, annotate: bool = False
+        self,
+        state: TrainState,
+        trajectories: Sequence[Trajectory],
+        seed: int,
+        annotate: bool = False,
+        experts: Sequence[Expert] = (),
     ) -> tuple[TrainState, Update]:
-        """`updates_per_batch` optimizer updates on the trajectories; `seed` orders them into minibatches."""
+        """`updates_per_batch` optimizer updates on the trajectories; `seed` orders them into minibatches.
+
+        The replayed prefix of a trajectory (`prefix_chunks`) is never trained on; an expert is, once, by the imitation
+        term (Eq 10). At most one expert a group.
+        """
         returns = self._returns(trajectories)
+        if experts:
+            returns = np.concatenate([returns, self._returns_of_experts(experts)])
+            trajectories = [*trajectories, *(_imitated_part(expert) for expert in experts)]
         parts = self._split(trajectories, seed)
         metrics: list[dict[str, Any]] = []
         update = Update({})
@@ -140,6 +159,14 @@ class PolicyTrainer:
         )
         return np.asarray(returns)
 
+    def _returns_of_experts(self, experts: Sequence[Expert]) -> np.ndarray:
+        """float32[E, C]: the returns of the experts' own, whole trajectories."""
+        shape = self._settings.groups
+        rewards, chunks = np.zeros(shape, np.float32), np.ones(shape, np.int32)
+        rewards[: len(experts)] = [t.final_reward for t, _ in experts]
+        chunks[: len(experts)] = [len(t.chunks) for t, _ in experts]
+        return np.asarray(self._expert_returns(rewards, chunks, self._settings.max_chunks))[: len(experts)]
+
     def _split(self, trajectories: Sequence[Trajectory], seed: int) -> list[list[int]]:
         count = self._settings.updates_per_batch
         if count == 1:
@@ -164,7 +191,7 @@ class PolicyTrainer:
             behavior_logp=rows.behavior_logp,
             returns=rows.table(list(returns), np.float32),
             positive=rows.table([t.succeeded for t in trajectories], bool, False),
-            imitation=rows.table([np.arange(len(t.chunks)) < t.prefix_chunks for t in trajectories], bool, False),
+            imitation=rows.table([t.prefix_chunks == len(t.chunks) for t in trajectories], bool, False),
             experts=rows.experts,
         )
         starts = range(0, rows.num_rows, s.micro_rows)
@@ -242,6 +269,12 @@ class PolicyTrainer:
                 "kept": [self._objective.mask_level == "none" or bool(lower <= x <= upper) for x in mismatch],
                 "positive": t.succeeded,
             }
+
+
+def _imitated_part(expert: Expert) -> Trajectory:
+    """The expert's chunks that are imitated, as a trajectory that is all prefix."""
+    t, count = expert
+    return replace(t, chunks=t.chunks[:count], observations=t.observations[: count - 1], prefix_chunks=count)
 
 
 def _place(

@@ -225,7 +225,7 @@ class Run:
         )
         trainer.warmup(state)
         with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
-            source = GroupSource(s, runner, sampler)
+            source = GroupSource(s, runner, sampler, self.demonstrations)
             if source_state is not None:
                 source.load_state_dict(*source_state)
             if "warm_start" not in self.results:
@@ -254,7 +254,8 @@ class Run:
             groups = source.batch(step)
             rolled = time.monotonic()
             keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
-            state, update = trainer.update(state, [t for group in groups for t in group], s.seed + step, annotate=keep)
+            samples = [t for group in groups for t in group]
+            state, update = trainer.update(state, samples, s.seed + step, keep, source.experts)
             engine.update_params(state.params, step + 1)
             source.buffer.set_version(step + 1)
         ended = time.monotonic()
@@ -271,7 +272,7 @@ class Run:
         self.writer.write(step + 1, "ipa", metrics)
         self.progress.update(
             step + 1,
-            success=metrics["train/success"],
+            success=metrics.get("train/success", float("nan")),
             tokens_per_second=metrics["rollout/tokens_per_second"],
             seconds=metrics["time/step"],
         )

@@ -14,6 +14,7 @@ from rome.models import ModelConfig
 from rome.rollout import Deadlines, EngineConfig, RolloutConfig
 from rome.training.config import LAUNCH_KEYS, ConfigError, config_to_dataclass
 from rome.training.policy import PolicySettings
+from rome.training.resampling import ResamplingSettings
 from rome.training.state import OptimizerConfig
 
 
@@ -89,16 +90,18 @@ class SupervisedSettings:
 
 @dataclass(frozen=True)
 class CopySettings:
-    """Lengths in tokens of the copy exercises' contexts and segments (continued pre-training)."""
+    """Copy exercises (continued pre-training): shortest and longest contexts and segments, in tokens, and how many
+    different tokens an exercise is made of (None: the whole vocabulary); see `rome.data.copying`."""
 
     context: tuple[int, ...] = (4, 20)
     segment: tuple[int, ...] = (2, 6)
+    alphabet: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("context", "segment"):
+        for name in ("context", "segment", "alphabet"):
             value = getattr(self, name)
-            if len(value) != 2 or not 1 <= value[0] <= value[1]:
-                raise ValueError(f"{name}: expected a shortest and a longest length (1 or more), found {value!r}")
+            if value is not None and (len(value) != 2 or not 1 <= value[0] <= value[1]):
+                raise ValueError(f"{name}: expected a least and a greatest number (1 or more), found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class RunSettings:
     rollout: RolloutSettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
+    resampling: ResamplingSettings = field(default_factory=ResamplingSettings)
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -181,6 +185,13 @@ class RunSettings:
             raise ValueError("rl.router_replay: expected engine.record_experts to be True too, found False")
         if self.engine.record_experts and not self.model.get("num_experts"):
             raise ValueError("engine.record_experts: expected model.num_experts > 0, found a dense model")
+
+        experts = self.resampling.fraction > 0 and self.resampling.source == "demonstration"
+        if self.ipa.imitation != "off" and not experts:
+            raise ValueError(
+                "ipa.imitation: expected off, or resampling.fraction > 0 from demonstrations (there is nobody else to "
+                f"imitate), found {self.ipa.imitation!r}"
+            )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model with the vocabulary that its tokenizer really has."""

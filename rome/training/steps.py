@@ -88,7 +88,8 @@ class PolicyStep:
             if on_policy:
                 batch = batch.replace(old_logp=jax.lax.stop_gradient(logp))
             loss, metrics = policy_loss(logp, batch, objective, totals=totals)
-            trained = batch.chunk_ids >= 0
+            imitated = jnp.take_along_axis(batch.imitation, jnp.maximum(batch.chunk_ids, 0), axis=1)
+            trained = (batch.chunk_ids >= 0) & ~imitated  # the entropy is of what was sampled
             metrics["entropy_sum"] = jnp.sum(jnp.where(trained, entropy, 0.0))
             if config.router_aux_loss_coef or config.router_z_loss_coef:
                 metrics["train/router_loss"] = share * router_loss

@@ -32,7 +32,7 @@ def copy_batches(
     def batch(step: int) -> SupervisedBatch:
         rng = np.random.default_rng([seed, 1, step])
         arrays = copy_exercises(
-            rng, settings.rows, settings.row_length, vocabulary, tuple(copying.context), tuple(copying.segment)
+            rng, settings.rows, settings.row_length, vocabulary, copying.context, copying.segment, copying.alphabet
         )
         return SupervisedBatch(**arrays, chunk_mask=mask)
 
