@@ -49,7 +49,7 @@ class Box(Runner):
     async def start(self, entries: list[dict], blob: bytes, states: dict[str, tuple[str, str]]) -> None:
         """Mount, place files, and run bubblewrap until its first process reports. Cleans up after itself on failure."""
         machine, limits = self._machine, self.limits
-        self._saved_states = states
+        self.restore_sessions(states)
         try:
             if machine.hierarchies.base:
                 self._group = Group.make(machine.hierarchies, machine.name, self.name)

@@ -161,6 +161,10 @@ class Runner:
             session = self.sessions[name] = Session(self, name, self._saved_states.pop(name, None))
         return session
 
+    def restore_sessions(self, states: dict[str, tuple[str, str]]) -> None:
+        """The shells of these sessions begin with what a snapshot holds of them."""
+        self._saved_states = states
+
     async def save_sessions(self) -> dict[str, tuple[str, str]]:
         """The states of the idle sessions, by name, for a snapshot."""
         self.require_alive()
