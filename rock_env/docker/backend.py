@@ -23,7 +23,7 @@ from rock_env.docker.audit import ThreadedAuditLog
 from rock_env.docker.channel import BOOT, Channel
 from rock_env.docker.engine import LABEL, Engine, load, owner, translated
 from rock_env.docker.images import USERS, Images, first_uid
-from rock_env.docker.places import places_of, shares_of, tmpfs_options
+from rock_env.docker.places import PLACES, places_of, shares_of, tmpfs_options
 from rock_env.errors import (
     BackendUnavailable,
     LimitNotEnforceable,
@@ -263,7 +263,8 @@ class DockerBackend(WireCalls):
                     last = at + _PART_BYTES >= len(seed)
                     self._ask(live, "unpack", seed[at : at + _PART_BYTES], into=posixpath.dirname(place), last=last)
         entries, blob = entries_of(live.spec.files, {})
-        self._ask(live, "begin", blob, entries=entries, fresh=origin is None)
+        directories = [live.spec.workdir, *PLACES]
+        self._ask(live, "begin", blob, entries=entries, directories=directories, fresh=origin is None)
         if self._log.fault:
             raise BackendUnavailable(f"docker: {self._log.fault}")
         with self._lock:

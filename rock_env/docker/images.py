@@ -133,7 +133,7 @@ class Images:
             return self._environments[image]
 
     def seeds(self, image: str, places: list[str]) -> dict[str, bytes]:
-        """What a prepared image has below directories: {place: tar, to be extracted in its parent}, but for empty ones."""
+        """What a prepared image has below directories: {place: tar, for its parent}; empty ones are left out."""
         with self._lock:
             unknown = [place for place in places if (image, place) not in self._seeds]
             if unknown and image != self._prepared.get(None):

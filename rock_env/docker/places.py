@@ -10,7 +10,7 @@ from rock_env.spec import SandboxSpec
 _HOME = "/home/agent"
 # Writable beside the working directory, with their shares of disk_bytes; /tests and /logs are where a task's tests and
 # its reward go (Harbor's format).
-_PLACES = ("/tmp", _HOME, "/var/tmp", "/logs", "/tests")
+PLACES = ("/tmp", _HOME, "/var/tmp", "/logs", "/tests")
 _STICKY = ("/tmp", "/var/tmp")
 _INODE_BYTES = 4096
 _LEAST_PLACE_BYTES = 64 << 10
@@ -21,7 +21,7 @@ def places_of(spec: SandboxSpec) -> list[str]:
 
     Besides the fixed ones, a file of the spec makes the directory it lies in writable. One inside another is left out.
     """
-    wanted = [spec.workdir, *_PLACES]
+    wanted = [spec.workdir, *PLACES]
     for name in spec.files:
         path = posixpath.normpath(posixpath.join(spec.workdir, name))
         if not any(_is_below(path, place) for place in wanted):

@@ -74,7 +74,7 @@ class _Tree:
 
     def add_directory(self, path: str) -> None:
         for folder, directories, names in os.walk(path):
-            directories[:] = sorted(set(directories) - _SKIPPED)
+            directories[:] = sorted(name for name in set(directories) - _SKIPPED if not name.startswith("config-"))
             for name in names:
                 self.add(os.path.join(folder, name))
 

@@ -143,9 +143,13 @@ class Rocklet(Operations):
             await unpacking.finish()
         return {}, b""
 
-    async def do_begin(self, blob: bytes, *, id: str, entries: list[dict], fresh: bool) -> Reply:
-        """Place the first files. From now on the sandbox lives, and its lifetime counts."""
+    async def do_begin(
+        self, blob: bytes, *, id: str, entries: list[dict], directories: list[str], fresh: bool
+    ) -> Reply:
+        """Make directories and place the first files. From now on the sandbox lives, and its lifetime counts."""
         cell = self.box(id)
+        for path in directories:
+            os.close(files.make_directories(cell.root_fd, path, cell.uid))
         files.put(cell.root_fd, entries, blob, cell.uid, cell.workdir)
         if fresh:
             for place in cell.places:
