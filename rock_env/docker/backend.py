@@ -46,6 +46,13 @@ _OPEN_FILES = 5000  # a little more than what commands get: see rock_env.supervi
 # container's profile to that filter: a call that is refused here is not seen there.
 _REFUSED_UNSEEN = ("_sysctl", "create_module", "get_kernel_syms", "modify_ldt", "nfsservctl", "query_module")
 _REFUSED_UNSEEN += ("sysfs", "uselib", "ustat")
+# Docker's own choice in /proc, and all of /sys but the container's control group.
+_HIDDEN = (
+    "/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+    "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/block", "/sys/bus", "/sys/class", "/sys/dev",
+    "/sys/devices", "/sys/firmware", "/sys/fs/bpf", "/sys/fs/btrfs", "/sys/fs/ext4", "/sys/fs/fuse", "/sys/fs/pstore",
+    "/sys/fs/xfs", "/sys/hypervisor", "/sys/kernel", "/sys/module", "/sys/power",
+)  # fmt: skip
 _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 _REMEMBERED_DEATHS = 10_000
 
@@ -220,6 +227,7 @@ class DockerBackend(WireCalls):
                 shm_size=_SHM_BYTES, ulimits=ulimits, auto_remove=True, dns=["127.0.0.1"], dns_search=["."],
                 log_config=docker.types.LogConfig(type="none"), **bounds,
             )  # fmt: skip
+            config["MaskedPaths"] = list(_HIDDEN)
             made = engine.api.create_container(
                 image, entrypoint=["python3"], command=["-I", "-S", "-c", BOOT], user=f"{uid}:{uid}", stdin_open=True,
                 hostname="sandbox", working_dir="/", host_config=config, labels={LABEL: owner()},

@@ -34,7 +34,7 @@ _TOOLS = (
 )  # fmt: skip
 _WHERE = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DATA = ("/etc/ld.so.cache", "/usr/lib/os-release", "/usr/share/zoneinfo/UTC", "/usr/lib/locale/C.utf8")
-_SKIPPED = frozenset({"__pycache__", "test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip"})
+_SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip"})
 _SKIPPED |= {"site-packages", "dist-packages"}
 _ASK_PYTHON = "import sys, sysconfig; p = sysconfig.get_path; print(sys.executable, p('stdlib'), p('platstdlib'))"
 
@@ -76,7 +76,8 @@ class _Tree:
         for folder, directories, names in os.walk(path):
             directories[:] = sorted(name for name in set(directories) - _SKIPPED if not name.startswith("config-"))
             for name in names:
-                self.add(os.path.join(folder, name))
+                if ".opt-" not in name:  # compiled for python -O
+                    self.add(os.path.join(folder, name))
 
     def add_program(self, path: str) -> None:
         self.add(path)
@@ -157,7 +158,7 @@ class HostRootfs:
         return whole.hexdigest()[:16]
 
     def write(self, file: io.RawIOBase | io.BufferedIOBase) -> None:
-        """Write an uncompressed tar, everything owned by root, with one constant time."""
+        """Write an uncompressed tar, everything owned by root."""
         directories, links, texts = base_tree()
         texts |= self._accounts
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
@@ -172,12 +173,21 @@ class HostRootfs:
             for path in sorted(self._tree.files):
                 if path.lstrip("/") not in made:
                     with open(path, "rb") as source:
-                        mode = os.fstat(source.fileno()).st_mode & 0o755
-                        _put(tar, made, path.lstrip("/"), tarfile.REGTYPE, mode, source.read())
+                        status = os.fstat(source.fileno())
+                        # With its own time, by which a Python module's compiled form is known to belong to it.
+                        _put(tar, made, path.lstrip("/"), tarfile.REGTYPE, status.st_mode & 0o755, source.read(),
+                             time=int(status.st_mtime))  # fmt: skip
 
 
 def _put(
-    tar: tarfile.TarFile, made: set[str], name: str, kind: bytes, mode: int, data: bytes = b"", target: str = ""
+    tar: tarfile.TarFile,
+    made: set[str],
+    name: str,
+    kind: bytes,
+    mode: int,
+    data: bytes = b"",
+    target: str = "",
+    time: int = EPOCH,
 ) -> None:
     """Add one entry, after the directories it lies in."""
     if name in made:
@@ -186,7 +196,7 @@ def _put(
         if parent not in made:
             _put(tar, made, parent, tarfile.DIRTYPE, 0o755)
     info = tarfile.TarInfo(name)
-    info.type, info.mode, info.mtime, info.size, info.linkname = kind, mode, EPOCH, len(data), target
+    info.type, info.mode, info.mtime, info.size, info.linkname = kind, mode, time, len(data), target
     tar.addfile(info, io.BytesIO(data))
     made.add(name)
 

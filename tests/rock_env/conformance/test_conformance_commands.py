@@ -1,8 +1,10 @@
 """What every backend does with commands, sessions, signals, timeouts and background jobs."""
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -187,14 +189,11 @@ def test_a_lifetime_ends_the_sandbox(start):
 
 def test_a_stopped_sandbox_is_gone_with_all_that_ran(backend, fresh):
     fresh.session().run("sleep 98.76543 & setsid sleep 98.76543 & disown -a")
-    assert _running(b"98.76543") == 2
+    assert _becomes(2)
     fresh.stop()
     fresh.stop()
     assert not fresh.is_alive
-    deadline = time.monotonic() + 5
-    while _running(b"98.76543") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert _running(b"98.76543") == 0
+    assert _becomes(0)
     for call in (fresh.session().run, fresh.execute, fresh.read_file):
         with pytest.raises(SandboxDead, match="stopped"):
             call("x")
@@ -202,15 +201,19 @@ def test_a_stopped_sandbox_is_gone_with_all_that_ran(backend, fresh):
         backend.stats("no:such")
 
 
-def _running(text):
-    """How many processes of this machine have `text` in their arguments."""
-    import pathlib
+def _becomes(count):
+    """Whether so many `sleep 98.76543` run on this machine, now or soon."""
+    deadline = time.monotonic() + 10
+    while _running() != count:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
+
+def _running():
     count = 0
-    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            arguments = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        count += arguments[:2] == [b"sleep", text]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            count += path.read_bytes().split(b"\0")[:2] == [b"sleep", b"98.76543"]
     return count

@@ -28,6 +28,7 @@ class Attack:
       records: audit records that it must leave, each as the fields that matter: {"event": ..., ...}.
       lines: how many attempts the program reports (None: depends on the machine).
       control: the program also runs outside, where each of its attempts must succeed: the attack itself is sound.
+      needs: a backend without this capability refuses to start such a sandbox at all.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Attack:
     records: tuple[dict, ...] = ()
     lines: int | None = 1
     control: bool = False
+    needs: str = "network_closed"
 
 
 def _denied(*names: str) -> tuple[dict, ...]:
@@ -101,13 +103,14 @@ ATTACKS = (
            control=True),
     Attack(
         "DNS: a secret in a name for the egress proxy", "dns_by_proxy", "the proxy resolves only what a rule names",
-        ({"event": "egress", "verdict": "denied", "reason": "no rule allows it"},), 2,
+        ({"event": "egress", "verdict": "denied", "reason": "no rule allows it"},), 2, needs="network_allowlist",
     ),
     Attack("reverse SSH tunnel", "reverse_ssh", _NAMESPACE, _called("connect"), None, control=True),
     Attack(
         "reverse SSH tunnel through the egress proxy, to a host that a rule names for https", "reverse_ssh",
         "the proxy lets only TLS for that host through",
         ({"event": "egress", "verdict": "denied", "reason": "the tunnel does not begin with TLS"},),
+        needs="network_allowlist",
     ),
     Attack("abstract unix sockets of the host", "abstract_sockets", "network namespace", control=True),
     Attack("signals to the host's processes", "signals", "pid namespace", lines=3, control=True),
