@@ -74,7 +74,7 @@ class DockerDaemon:
         """End it and everything that it started, and remove its files. Idempotent."""
         process, self._process = self._process, None
         if process is not None:
-            mine = _descendants(process.pid)
+            mine = _family(process.pid, str(self.directory))
             process.terminate()
             try:
                 process.wait(_END_SECONDS)
@@ -100,15 +100,21 @@ def _start_time(pid: int) -> str | None:
     return fields[19] if fields else None
 
 
-def _descendants(root: int) -> dict[int, str | None]:
-    """{pid: start time} of what a process has started, and of what that has."""
-    parents = {
-        int(p.name): int(s[1]) for p in Path("/proc").iterdir() if p.name.isdigit() and (s := _stat(int(p.name)))
-    }
-    found = {root}
+def _family(root: int, directory: str) -> dict[int, str | None]:
+    """{pid: start time} of a daemon's processes: what it has started, and orphans that work in its directory."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    parents = {pid: int(fields[1]) for pid in pids if (fields := _stat(pid))}
+    found = {root, *(pid for pid in pids if directory.encode() in _arguments(pid))} - {os.getpid()}
     while grown := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= grown
     return {pid: _start_time(pid) for pid in found - {root}}
+
+
+def _arguments(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def main() -> int:

@@ -38,6 +38,7 @@ from rock_env.supervisor import linux
 
 _START_SECONDS = 30.0
 _FINISH_SECONDS = 3.0
+_SILENCE_SECONDS = 300.0  # after which a rocklet gives us up: see Rocklet.do_start
 _PART_BYTES = 1 << 20
 _LEAST_MEMORY = 24 << 20  # of which the rocklet takes about 12
 _SHM_BYTES = 16 << 20
@@ -246,6 +247,7 @@ class DockerBackend(WireCalls):
             sock,
             lambda event, fields: self._log.record(event, **fields),
             lambda reason, usage: self._on_end(live, reason, usage),
+            _SILENCE_SECONDS / 4,
         )
         try:
             with translated("start a container"):
@@ -261,7 +263,9 @@ class DockerBackend(WireCalls):
             "limits": live.spec.limits.to_wire(),
         }
         states = origin.states if origin is not None else {}
-        facts = self._ask(live, "start", spec=spec, places=live.places, states=states)["facts"]
+        facts = self._ask(
+            live, "start", spec=spec, places=live.places, states=states, silence_seconds=_SILENCE_SECONDS
+        )["facts"]
         _require_confined(facts, live.uid)
         if origin is not None:
             self._unpack(live, origin.file.fileno(), origin.size)

@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ _HEADER = struct.Struct(">BxxxI")
 _STDOUT, _STDERR = 1, 2
 _KEPT_ERRORS = 4096
 _STALLED_SECONDS = 60.0
+_NOBODY = 0  # the request id of a ping
 _MODULES = (
     "wire", "supervisor.faults", "supervisor.linux", "supervisor.loop", "supervisor.retention", "supervisor.journal",
     "supervisor.seccomp", "supervisor.cgroups", "supervisor.process", "supervisor.session", "supervisor.watch",
@@ -87,8 +89,15 @@ class _Waiting:
 class Channel:
     """Requests from any thread; one thread reads. `on_audit(event, fields)` runs before the reply that follows it."""
 
-    def __init__(self, sock: socket.socket, on_audit: Callable[[str, dict], None], on_end: Callable[[str, dict], None]):
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_audit: Callable[[str, dict], None],
+        on_end: Callable[[str, dict], None],
+        ping_seconds: float,
+    ) -> None:
         self._socket = sock
+        self._ping_seconds, self._sent = ping_seconds, time.monotonic()
         self._on_audit, self._on_end = on_audit, on_end
         self._lock = threading.Lock()  # of the table
         self._sending = threading.Lock()
@@ -96,7 +105,7 @@ class Channel:
         self._serial = 0
         self._errors = b""
         self.dead = ""
-        sock.settimeout(_STALLED_SECONDS)
+        sock.settimeout(min(_STALLED_SECONDS, ping_seconds))
         self._thread = threading.Thread(target=self._read, name="rock-docker-channel", daemon=True)
         self._thread.start()
 
@@ -111,6 +120,7 @@ class Channel:
 
     def _send(self, data: bytes) -> None:
         with self._sending:
+            self._sent = time.monotonic()
             try:
                 self._socket.sendall(data)
             except OSError as error:
@@ -152,19 +162,28 @@ class Channel:
             while True:
                 try:
                     data = self._socket.recv(1 << 18)
-                except TimeoutError:  # the socket's timeout is for sending
+                except TimeoutError:
+                    self._ping()
                     continue
                 if not data:
                     break
+                self._ping()
                 raw += data
                 self._split(raw, frames)
                 while (frame := frames.next()) is not None:
                     self._on_frame(*frame)
+        except SandboxDead:
+            pass
         except OSError as error:
             reason = f"its container cannot be reached any more ({error.strerror or error})"
         except (wire.ConnectionLost, ValueError, KeyError, TypeError) as error:
             reason = f"its container does not speak the protocol ({error})"
         self._die(reason)
+
+    def _ping(self) -> None:
+        """Show that we are still here, when nothing else has shown it for a while."""
+        if time.monotonic() - self._sent >= self._ping_seconds:
+            self._send(wire.encode({"rid": _NOBODY, "op": "ping"}))
 
     def _split(self, raw: bytearray, frames: wire.FrameReader) -> None:
         """Take the engine's complete frames out of `raw`."""

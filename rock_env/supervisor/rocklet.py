@@ -108,10 +108,12 @@ class Rocklet(Operations):
         self._cell: Cell | None = None
         self._turn = Lock(loop)  # of what stops the whole sandbox
         self._unpacking: Unpacking | None = None
+        self._heard = time.monotonic()
         channel.on_frame = lambda header, blob: loop.spawn(self._serve(header, blob))
         channel.on_end = lambda: os._exit(0)
 
     async def _serve(self, request: dict, blob: bytes) -> None:
+        self._heard = time.monotonic()
         rid = request.pop("rid")
         if request["op"] == "snapshot":
             request["rid"] = rid
@@ -125,12 +127,28 @@ class Rocklet(Operations):
         return self._cell
 
     # -- start
-    async def do_start(self, blob: bytes, *, id: str, spec: dict, places: list[str], states: dict) -> Reply:
-        """Become sandbox `id`; tells what confines this container, for the other side to compare."""
+    async def do_start(
+        self, blob: bytes, *, id: str, spec: dict, places: list[str], states: dict, silence_seconds: float
+    ) -> Reply:
+        """Become sandbox `id`; tells what confines this container, for the other side to compare.
+
+        After `silence_seconds` without a request it ends: its input stays open where the Docker daemon was killed.
+        """
         cell = Cell(id, spec, self._loop, self._channel, places)
         cell.restore_sessions({name: tuple(state) for name, state in states.items()})
         self._cell = cell
+        self._listen_for_silence(silence_seconds)
         return {"facts": _facts(cell)}, b""
+
+    def _listen_for_silence(self, seconds: float) -> None:
+        left = self._heard + seconds - time.monotonic()
+        if left <= 0:
+            self._end(f"nobody has spoken to it for {seconds:g} s")
+        self._loop.call_at(time.monotonic() + left, lambda: self._listen_for_silence(seconds))
+
+    async def do_ping(self, blob: bytes) -> Reply:
+        """Somebody is still there."""
+        return {}, b""
 
     async def do_unpack(self, blob: bytes, *, id: str, into: str, last: bool) -> Reply:
         """The next part of a tar stream, to be extracted below `into` before `begin`."""
