@@ -1,11 +1,14 @@
 """What is particular to the Docker backend: how containers are made, images, rocklets, what is left after faults."""
 
 import contextlib
+import io
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -187,57 +190,69 @@ def test_places_and_their_shares():
 
 
 # -- images
-@pytest.fixture(scope="module")
-def image(docker, tmp_path_factory):
-    """A root file system with things of its own, as a directory: this machine's, and /app with content."""
-    folder = tmp_path_factory.mktemp("image") / "root"
+@contextlib.contextmanager
+def _image_from(docker, files, changes=()):
+    """An image like the one of this machine, with these files too; by name."""
     made = _api(docker).create_container(docker._images.prepare(None), command=["true"])["Id"]
-    archive = folder.parent / "all.tar"
-    with open(archive, "wb") as file:
-        for piece in _api(docker).export(made):
-            file.write(piece)
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for path, data in files.items():
+            info = tarfile.TarInfo(path)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    _api(docker).put_archive(made, "/", stream.getvalue())
+    name = f"ours:{secrets.token_hex(4)}"
+    _api(docker).commit(made, repository="ours", tag=name.partition(":")[2], changes=list(changes))
     _api(docker).remove_container(made)
+    yield name
+    _api(docker).remove_image(name, noprune=True)
+
+
+def test_an_image_keeps_what_it_has_in_writable_places(docker):
+    """Its files are there, those in writable places are writable, its accounts are kept, its variables are set."""
+    files = {
+        "app/sub/of-the-image": b"content\n",
+        "etc/passwd": b"root:x:0:0::/root:/bin/sh\nthe-images:x:77:77::/:/bin/sh",
+    }
+    with _image_from(docker, files, ["ENV COLOUR=green SIZE=7", "WORKDIR /elsewhere"]) as image:
+        spec = SandboxSpec(backend="docker", image=image, files={"added": "x"}, env={"SIZE": "8"})
+        with Sandbox.start(spec) as sandbox:
+            seen = sandbox.execute("cat sub/of-the-image added; echo; id -un; grep -c the-images /etc/passwd; pwd")
+            assert seen.output == "content\nx\nagent\n1\n/app\n"
+            assert sandbox.session().run("echo $COLOUR $SIZE").output == "green 8\n"
+            sandbox.execute("echo changed > sub/of-the-image")
+            (fork,) = sandbox.fork()
+            with fork:
+                assert fork.execute("cat sub/of-the-image; echo $COLOUR").output == "changed\ngreen\n"
+        with Sandbox.start(spec) as again:
+            assert again.execute("cat sub/of-the-image").output == "content\n"
+
+
+def test_an_image_whose_writable_places_do_not_fit_is_refused(docker):
+    before = _containers(docker)
+    with _image_from(docker, {"app/large": os.urandom(3 * MIB)}) as image, pytest.raises(LimitExceeded, match="disk"):
+        Sandbox.start(SandboxSpec(backend="docker", image=image, limits=Limits(disk_bytes=2 * MIB)))
+    assert _containers(docker) == before
+
+
+@pytest.mark.slow
+def test_an_image_that_is_a_directory(docker, tmp_path):
+    folder = tmp_path / "root"
     folder.mkdir()
-    subprocess.run(["tar", "-xf", archive, "-C", folder], check=True)
-    archive.unlink()
-    (folder / "app/sub").mkdir(parents=True)
-    (folder / "app/sub/of-the-image").write_text("content\n")
-    (folder / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nthe-images:x:77:77::/:/bin/sh\n")
-    yield folder
-    shutil.rmtree(folder)
-
-
-def test_an_image_that_is_a_directory(docker, image):
-    """Its files are there, those in writable places are writable, its accounts are kept; the directory is unchanged."""
-    spec = SandboxSpec(backend="docker", image=str(image), files={"added": "x"}, env={"OF": "the spec"})
-    with Sandbox.start(spec) as sandbox:
-        seen = sandbox.execute(
-            "cat sub/of-the-image added; echo; id -un; grep -c the-images /etc/passwd; echo $OF"
-        ).output
-        assert seen == "content\nx\nagent\n1\nthe spec\n"
-        sandbox.execute("echo changed > sub/of-the-image")
-        (fork,) = sandbox.fork()
-        with fork:
-            assert fork.execute("cat sub/of-the-image").output == "changed\n"
-    assert (image / "app/sub/of-the-image").read_text() == "content\n"
-    with pytest.raises(LimitExceeded):  # what has to be writable does not fit
-        (image / "app/large").write_bytes(os.urandom(3 * MIB))
-        limits = Limits(disk_bytes=2 * MIB)
-        try:
-            get_backend("docker")._images._prepared.pop(str(image))
-            Sandbox.start(SandboxSpec(backend="docker", image=str(image), limits=limits))
-        finally:
-            (image / "app/large").unlink()
-
-
-def test_an_image_by_name_with_its_environment(docker):
-    base = docker._images.prepare(None)
-    made = _api(docker).create_container(base, command=["true"])["Id"]
-    _api(docker).commit(made, repository="ours", tag="1", changes=["ENV COLOUR=green SIZE=7", "WORKDIR /elsewhere"])
+    made = _api(docker).create_container(docker._images.prepare(None), command=["true"])["Id"]
+    with subprocess.Popen(["tar", "-x", "-C", folder], stdin=subprocess.PIPE) as unpack:
+        for piece in _api(docker).export(made):
+            unpack.stdin.write(piece)
     _api(docker).remove_container(made)
-    with Sandbox.start(SandboxSpec(backend="docker", image="ours:1", env={"SIZE": "8"})) as sandbox:
-        assert sandbox.execute("echo $COLOUR $SIZE; pwd").output == "green 8\n/app\n"
-        assert sandbox.session().run("echo $COLOUR $SIZE").output == "green 8\n"
+    (folder / "app").mkdir()
+    (folder / "app" / "of-the-image").write_text("content\n")
+    with Sandbox.start(SandboxSpec(backend="docker", image=str(folder))) as sandbox:
+        assert (
+            sandbox.execute("cat of-the-image; echo changed > of-the-image; stat -c %U /usr").output
+            == "content\nroot\n"
+        )
+    assert (folder / "app" / "of-the-image").read_text() == "content\n"
+    shutil.rmtree(folder)
 
 
 def test_images_that_cannot_be_used_are_told(docker, tmp_path):
@@ -379,6 +394,7 @@ def _processes_of(user):
     return found
 
 
+@pytest.mark.slow
 def test_a_daemon_that_dies_takes_its_sandboxes_along(monkeypatch):
     """The caller is told at once, and the container, whose input nobody closes then, ends by itself."""
     import docker_daemon
