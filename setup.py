@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # What published models need beside their weights: chat templates are Jinja.
 PRETRAINED = ["jinja2>=3.1"]
+# The Docker backend of the sandboxes.
+DOCKER = ["docker>=7.1"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
 ORACLES = ["safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
 
@@ -38,7 +40,7 @@ setup(
     ],
     extras_require={
         "ray": ["ray>=2.50"],
-        "docker": ["docker>=7.1"],
+        "docker": DOCKER,
         "pretrained": PRETRAINED,
         "oracles": ORACLES,
         "tpu": ["jax[tpu]>=0.10"],
@@ -53,6 +55,7 @@ setup(
             "ruff>=0.8",
             "psutil>=6",
             "tensorboard>=2.18",
+            *DOCKER,
             *PRETRAINED,
             *ORACLES,
         ],

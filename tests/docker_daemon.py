@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+_PROGRAMS = ("dockerd", "containerd", "runc", "iptables", "ip", "unshare")
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _START_SECONDS = 60.0
 _END_SECONDS = 20.0
 # In network and mount namespaces of its own: it finds only a loopback, and what it mounts, the memory that holds its
@@ -27,8 +29,11 @@ def missing() -> str:
     """Why no daemon can be started here; "" if one can."""
     if os.geteuid() != 0:
         return "a Docker daemon of the tests' own needs root"
-    absent = [name for name in ("dockerd", "runc", "containerd", "iptables", "ip") if shutil.which(name) is None]
-    return f"no {', '.join(absent)} here: `make docker` installs them on Debian" if absent else ""
+    absent = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
+    if absent:
+        return f"no {', '.join(absent)} here: `make docker` installs them on Debian"
+    tried = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True, timeout=20)
+    return f"a Docker daemon needs namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 class DockerDaemon:
@@ -52,7 +57,12 @@ class DockerDaemon:
         isolated = ["unshare", "--net", "--mount", "--propagation=private", "bash", "-c", _ISOLATE, f"{place}/data"]
         with open(place / "log", "wb") as log:
             self._process = subprocess.Popen(
-                [*isolated, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*isolated, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "PATH": _PATH},
             )
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers():
