@@ -26,6 +26,7 @@ from rock_env.docker.images import USERS, Images, first_uid
 from rock_env.docker.places import PLACES, places_of, shares_of, tmpfs_options
 from rock_env.errors import (
     BackendUnavailable,
+    LimitExceeded,
     LimitNotEnforceable,
     RockError,
     SandboxDead,
@@ -40,6 +41,8 @@ _START_SECONDS = 30.0
 _FINISH_SECONDS = 3.0
 _SILENCE_SECONDS = 300.0  # after which a rocklet gives us up: see Rocklet.do_start
 _PART_BYTES = 1 << 20
+_UNBOUNDED_BYTES = 2 << 30  # of a snapshot without disk_bytes
+_HEADER_BYTES = 64 << 20  # of a snapshot's tar, beyond twice disk_bytes: they may be larger than the files
 _LEAST_MEMORY = 24 << 20  # of which the rocklet takes about 12
 _SHM_BYTES = 16 << 20
 _OPEN_FILES = 5000  # a little more than what commands get: see rock_env.supervisor.process.open_files
@@ -328,10 +331,15 @@ class DockerBackend(WireCalls):
     def snapshot(self, sandbox: str) -> str:
         live = self._find(sandbox)
         file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the snapshot)
+        most = _HEADER_BYTES + 2 * (live.spec.limits.disk_bytes or _UNBOUNDED_BYTES)
+
+        def take(part: bytes) -> None:
+            if file.tell() + len(part) > most:
+                raise LimitExceeded(f"snapshot: more than {most} bytes arrive, which limits.disk_bytes cannot hold")
+            file.write(part)
+
         try:
-            header, _ = live.channel.call(
-                "snapshot", REQUEST_SECONDS, b"", lambda part: _append(file, part), id=live.name
-            )
+            header, _ = live.channel.call("snapshot", REQUEST_SECONDS, b"", take, id=live.name)
         except BaseException:
             file.close()
             raise
@@ -413,10 +421,6 @@ class DockerBackend(WireCalls):
             log.close()
         if engine is not None:
             engine.api.close()
-
-
-def _append(file: IO[bytes], part: bytes) -> None:
-    file.write(part)
 
 
 def _require_confined(facts: dict, uid: int) -> None:
