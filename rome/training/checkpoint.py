@@ -73,11 +73,18 @@ def _told_once() -> Iterator[None]:
 class Checkpointer:
     """Saves and restores `(state, cursor, buffer)` under a directory; keeps the newest `keep` steps."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
+        """`read_only` leaves alone what another process may be writing."""
         self._directory = Path(directory).absolute()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        elif not self._directory.is_dir():
+            raise CheckpointError(f"{self._directory}: expected a directory of checkpoints, found none")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            max_to_keep=None if read_only else keep,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=False,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 

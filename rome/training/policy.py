@@ -13,6 +13,8 @@ import optax
 
 from rome.ipa import ObjectiveConfig, PolicyBatch, Totals, batch_totals, merge_metrics, trajectory_returns
 from rome.models import ModelConfig
+from rome.models.lora import LoraConfig
+from rome.models.sharding import Mesh, batch_shardings
 from rome.training.packing import PackedRows, pack_trajectories
 from rome.training.resampling import Expert
 from rome.training.state import OptimizerConfig, TrainState
@@ -33,6 +35,7 @@ class PolicySettings:
       router_replay: a mixture of experts visits, in training, the experts that its rollout recorded.
       save_every: steps between batches kept for the report's viewer.
       optimizer: of this stage.
+      lora: adapters that this stage trains instead of the weights, if their rank is above 0.
     """
 
     steps: int
@@ -45,6 +48,7 @@ class PolicySettings:
     updates_per_batch: int = 1
     skip_inert: bool = True
     router_replay: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
     save_every: int = 25
 
     def __post_init__(self) -> None:
@@ -75,13 +79,14 @@ class PolicyTrainer:
         optimizer: optax.GradientTransformation,
         settings: PolicySettings,
         temperature: float = 1.0,
+        mesh: Mesh | None = None,
     ) -> None:
         if settings.router_replay and not model.is_moe:
             raise ValueError("router_replay: expected False of a policy without experts, found True")
-        self._objective, self._settings = objective, settings
+        self._objective, self._settings, self._mesh = objective, settings, mesh
         self._routed = (model.routed_layers, model.num_experts_per_token) if settings.router_replay else None
         on_policy = settings.updates_per_batch == 1
-        self._step = PolicyStep(model, objective, optimizer, on_policy, temperature)
+        self._step = PolicyStep(model, objective, optimizer, on_policy, temperature, mesh)
         self._compute_returns = jax.jit(partial(trajectory_returns, config=objective), static_argnums=2)
         # an expert has no group to be compared with
         self._expert_returns = jax.jit(
@@ -195,7 +200,10 @@ class PolicyTrainer:
             experts=rows.experts,
         )
         starts = range(0, rows.num_rows, s.micro_rows)
-        return rows, [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
+        parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
+        if self._mesh is not None:
+            parts = [jax.device_put(part, batch_shardings(part, self._mesh, s.row_length)) for part in parts]
+        return rows, parts
 
     def _old_logp(self, state: TrainState, trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
         """π_old of each trajectory's tokens, float32[length], under the parameters before the first update."""

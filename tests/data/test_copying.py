@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,36 +49,6 @@ def test_segments_are_spans_of_the_context():
         runs += list(np.diff(cues))
     assert set(runs) == {3, 4, 5, 6}
     assert 0.6 < (batch["chunk_ids"][:, 20:] == 0).mean() < 0.9
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(2, 40), st.integers(1, 6), st.integers(2, 24))
-def test_what_is_trained_is_determined(seed, row_length, letters, context):
-    """With few different tokens one cue is often not enough; some stretch before a trained token always is."""
-    vocabulary = np.arange(100, 400, dtype=np.int32)
-    batch = copy_exercises(
-        np.random.default_rng(seed), 3, row_length, vocabulary, (context, context), (2, 6), (letters, letters)
-    )
-    for row, trained in zip(batch["tokens"].tolist(), batch["chunk_ids"] == 0, strict=True):
-        assert len(set(row)) <= letters
-        source = row[:context]
-        for at in np.flatnonzero(trained):
-            stretches = [row[at - back : at] for back in range(1, 6)]
-            found = [
-                {source[i + len(s)] for i in range(context - len(s)) if source[i : i + len(s)] == s} for s in stretches
-            ]
-            assert {row[at]} in found
-
-
-def test_a_segment_that_could_go_on_in_two_ways_is_not_trained_there():
-    vocabulary = np.arange(1000, dtype=np.int32)
-    fractions = [
-        np.mean(
-            copy_exercises(np.random.default_rng(0), 40, 80, vocabulary, (20, 20), (4, 4), letters)["chunk_ids"] == 0
-        )
-        for letters in (None, (12, 12), (4, 4), (2, 2))
-    ]
-    assert all(more > 1.1 * fewer > 0 for more, fewer in pairwise(fractions))
 
 
 def test_exercises_are_a_function_of_the_generator():
