@@ -15,6 +15,7 @@ import posixpath
 import secrets
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import IO, Any
 
 from rock_env.calls import REQUEST_SECONDS, WireCalls, entries_of
@@ -69,13 +70,14 @@ def _profile() -> str:
 
 
 class _Live:
-    """One container in use."""
+    """One container in use. It keeps to the engine and the log that it began with."""
 
-    def __init__(self, container: str, name: str, spec: SandboxSpec, image: str, places: list[str], uid: int) -> None:
-        self.container, self.name, self.spec, self.image = container, name, spec, image
-        self.places, self.uid = places, uid
+    def __init__(self, engine: Engine, log: ThreadedAuditLog, container: str, name: str, spec: SandboxSpec) -> None:
+        self.engine, self.log = engine, log
+        self.container, self.name, self.spec = container, name, spec
         self.handle = f"{container[:12]}:{name}"
         self.channel: Channel | None = None
+        self.places: list[str] = []
         self.stream: object = None  # keeps the connection from being closed
         self.ended = False
 
@@ -180,11 +182,12 @@ class DockerBackend(WireCalls):
             uid = first_uid(engine) + self._next_user
             self._next_user = (self._next_user + 1) % USERS
         mounts = {place: tmpfs_options(place, share, uid) for place, share in shares.items()}
-        live = _Live(self._make(engine, spec, image, mounts, uid), name, spec, image, places, uid)
+        live = _Live(engine, self._log, self._make(engine, spec, image, mounts, uid), name, spec)
+        live.places = places
         shown = {"image": spec.image, "limits": spec.limits.to_wire(), "readonly_binds": dict(spec.readonly_binds)}
         try:
             self._record("sandbox_starting", live, snapshot=snapshot, uid=uid, container=live.container[:12], **shown)
-            self._start(engine, live, origin)
+            self._start(live, image, uid, origin)
         except BaseException:
             self._discard(live, "start failed")
             raise
@@ -235,7 +238,7 @@ class DockerBackend(WireCalls):
             made = engine.api.create_container(
                 image, entrypoint=["python3"], command=["-I", "-S", "-c", BOOT], user=f"{uid}:{uid}", stdin_open=True,
                 hostname="sandbox", working_dir="/", host_config=config, labels={LABEL: owner()},
-                healthcheck={"test": ["NONE"]},
+                healthcheck={"test": ["NONE"]}, use_config_proxy=False,
             )  # fmt: skip
         refused = [text for text in made.get("Warnings") or [] if "discard" in text or "not support" in text]
         if refused:
@@ -243,18 +246,18 @@ class DockerBackend(WireCalls):
             raise LimitNotEnforceable(f"limits: the Docker daemon would run without one: {' '.join(refused)}")
         return made["Id"]
 
-    def _start(self, engine: Engine, live: _Live, origin: _Snapshot | None) -> None:
+    def _start(self, live: _Live, image: str, uid: int, origin: _Snapshot | None) -> None:
         """Run the container, see that it is confined as it should be, and place the files."""
-        sock, live.stream = engine.attach(live.container)
+        sock, live.stream = live.engine.attach(live.container)
         live.channel = Channel(
             sock,
-            lambda event, fields: self._log.record(event, **fields),
+            lambda event, fields: live.log.record(event, **fields),
             lambda reason, usage: self._on_end(live, reason, usage),
             _SILENCE_SECONDS / 4,
         )
         try:
             with translated("start a container"):
-                engine.api.start(live.container)
+                live.engine.api.start(live.container)
         except BackendUnavailable as error:
             if "executable file not found" in str(error) or "no such file" in str(error):
                 raise SpecError(f"image: {live.spec.image!r} has no python3, which the docker backend needs") from error
@@ -262,34 +265,35 @@ class DockerBackend(WireCalls):
         live.channel.boot()
         spec = {
             "workdir": live.spec.workdir,
-            "env": {**self._images.environment(live.image), **live.spec.env},
+            "env": {**self._images.environment(image), **live.spec.env},
             "limits": live.spec.limits.to_wire(),
         }
         states = origin.states if origin is not None else {}
         facts = self._ask(
             live, "start", spec=spec, places=live.places, states=states, silence_seconds=_SILENCE_SECONDS
         )["facts"]
-        _require_confined(facts, live.uid)
+        _require_confined(facts, uid)
         if origin is not None:
-            self._unpack(live, origin.file.fileno(), origin.size)
-        else:
-            for place, seed in self._images.seeds(live.image, live.places).items():
-                for at in range(0, len(seed), _PART_BYTES):
-                    last = at + _PART_BYTES >= len(seed)
-                    self._ask(live, "unpack", seed[at : at + _PART_BYTES], into=posixpath.dirname(place), last=last)
+            self._unpack(live, lambda at: os.pread(origin.file.fileno(), _PART_BYTES, at), origin.size, "/")
+        new = [place for place in live.places if origin is None or place not in origin.places]
+        for place, seed in self._images.seeds(image, new).items():
+            parts = memoryview(seed)
+            self._unpack(
+                live, lambda at, parts=parts: parts[at : at + _PART_BYTES], len(seed), posixpath.dirname(place)
+            )
         entries, blob = entries_of(live.spec.files, {})
         directories = [live.spec.workdir, *PLACES]
         self._ask(live, "begin", blob, entries=entries, directories=directories, fresh=origin is None)
-        if self._log.fault:
-            raise BackendUnavailable(f"docker: {self._log.fault}")
+        if live.log.fault:
+            raise BackendUnavailable(f"docker: {live.log.fault}")
         with self._lock:
             if not live.ended:
                 self._live[live.handle] = live
 
-    def _unpack(self, live: _Live, fd: int, size: int) -> None:
+    def _unpack(self, live: _Live, part: Callable[[int], bytes], size: int, into: str) -> None:
+        """Send a tar of `size` bytes, part by part."""
         for at in range(0, size, _PART_BYTES):
-            part = os.pread(fd, _PART_BYTES, at)
-            self._ask(live, "unpack", part, into="/", last=at + _PART_BYTES >= size)
+            self._ask(live, "unpack", bytes(part(at)), into=into, last=at + _PART_BYTES >= size)
 
     def _ask(self, live: _Live, op: str, blob: bytes = b"", **arguments: object) -> dict:
         try:
@@ -367,9 +371,9 @@ class DockerBackend(WireCalls):
 
     # -- end
     def _record(self, event: str, live: _Live, **fields: object) -> None:
-        self._log.record(event, sandbox=live.name, **fields)
-        if self._log.fault and event == "sandbox_starting":
-            raise BackendUnavailable(f"docker: {self._log.fault}")
+        live.log.record(event, sandbox=live.name, **fields)
+        if live.log.fault and event == "sandbox_starting":
+            raise BackendUnavailable(f"docker: {live.log.fault}")
 
     def _on_end(self, live: _Live, reason: str, usage: dict) -> None:
         """The container has ended, or can no longer be reached. Once for each."""
@@ -381,16 +385,17 @@ class DockerBackend(WireCalls):
             self._deaths[live.handle] = reason
             if len(self._deaths) > _REMEMBERED_DEATHS:
                 del self._deaths[next(iter(self._deaths))]
-        self._log.record("sandbox_ended", sandbox=live.name, reason=reason, **usage)
+        live.log.record("sandbox_ended", sandbox=live.name, reason=reason, **usage)
 
     def _discard(self, live: _Live, reason: str) -> None:
-        """Remove a container, whatever state it is in."""
+        """Remove a container, whatever state it is in. Where the daemon does not answer, it ends by itself."""
         if live.channel is not None:
             live.channel.dead = live.channel.dead or reason
         self._on_end(live, reason, {})
         if live.channel is not None:
             live.channel.close()
-        self._engine.remove(live.container)
+        with contextlib.suppress(RockError):
+            live.engine.remove(live.container)
 
     def destroy(self, sandbox: str) -> None:
         with self._lock:

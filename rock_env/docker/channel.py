@@ -87,7 +87,10 @@ class _Waiting:
 
 
 class Channel:
-    """Requests from any thread; one thread reads. `on_audit(event, fields)` runs before the reply that follows it."""
+    """Requests from any thread; one thread reads. `on_audit(event, fields)` runs before the reply that follows it.
+
+    `on_end(reason, usage)` may run twice. A ping goes out where nothing else has for `ping_seconds`.
+    """
 
     def __init__(
         self,
@@ -179,6 +182,7 @@ class Channel:
         except (wire.ConnectionLost, ValueError, KeyError, TypeError) as error:
             reason = f"its container does not speak the protocol ({error})"
         self._die(reason)
+        self._socket.close()
 
     def _ping(self) -> None:
         """Show that we are still here, when nothing else has shown it for a while."""
@@ -239,4 +243,3 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._thread:
             self._thread.join(_STALLED_SECONDS)
-        self._socket.close()

@@ -78,8 +78,8 @@ class Engine:
                 **options, version="auto", timeout=_API_SECONDS, max_pool_size=_POOL
             )
             self.info: dict = self.api.info()
-        self.url: str = self.api.base_url
-        if self.url.startswith("https://"):
+        self.url = base_url or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        if self.api.base_url.startswith("https://"):
             raise NotImplementedError(f"docker: {self.url}: a daemon over TLS; use its unix socket, or one over ssh")
         if not any(option.startswith("name=seccomp") for option in self.info.get("SecurityOptions") or []):
             raise BackendUnavailable("docker: the daemon runs without seccomp, which every sandbox needs")
@@ -87,7 +87,7 @@ class Engine:
     @property
     def is_local(self) -> bool:
         """Whether the daemon's files are this machine's."""
-        return self.url.startswith(("http+docker://localhost", "http+unix://", "unix://"))
+        return self.url.startswith(("unix://", "http+unix://"))
 
     @property
     def maps_users(self) -> bool:

@@ -1,4 +1,4 @@
-"""A container's writable directories as a tar stream, out and in. Each runs in a child of its own: see Rocklet."""
+"""A container's writable directories as a tar stream, out and in."""
 
 from __future__ import annotations
 
@@ -7,57 +7,68 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Protocol
 
 
-def write(places: list[str], fd: int, max_bytes: int) -> None:
-    """Write everything below `places`, with modes, times, links and fifos, to `fd`. Nothing may run meanwhile.
+class Sink(Protocol):
+    """Takes the stream."""
+
+    def write(self, data: bytes) -> int: ...
+
+
+def write(places: list[str], sink: Sink, max_bytes: int, part_bytes: int) -> None:
+    """Write everything below `places`, with modes, times, links and fifos, in parts. Nothing may run meanwhile.
 
     Raises OSError(EFBIG) when the files have more bytes, holes counted.
     """
-    total = 0
-    with os.fdopen(fd, "wb", buffering=1 << 16) as file, tarfile.open(fileobj=file, mode="w|") as tar:
-        tar.format = tarfile.PAX_FORMAT
-        for place in places:
-            for path in _walk(place):
-                info = tar.gettarinfo(path)
-                if info is None:  # a socket: without its listener only a name
-                    continue
-                info.name = path.lstrip("/")
-                info.uname = info.gname = ""
-                if not info.isreg():
-                    tar.addfile(info)
-                    continue
-                total += info.size
-                if total > max_bytes:
-                    raise OSError(errno.EFBIG, "more bytes than may be copied", path)
-                with _permission(path, stat.S_IRUSR), open(path, "rb") as content:
-                    tar.addfile(info, content)
-
-
-def _walk(path: str) -> Iterator[str]:
-    """A directory and everything below it, parents first; also what its owner has forbidden himself to read."""
-    yield path
-    with _permission(path, stat.S_IRUSR | stat.S_IXUSR):
-        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path)
-            else:
-                yield entry.path
-
-
-@contextmanager
-def _permission(path: str, needed: int) -> Iterator[None]:
-    """See to it that the owner, which we are, has a permission."""
-    mode = stat.S_IMODE(os.stat(path, follow_symlinks=False).st_mode)
-    if mode & needed == needed:
-        yield
-        return
-    os.chmod(path, mode | needed)
+    opened: list[tuple[str, int]] = []
     try:
-        yield
+        with tarfile.open(fileobj=sink, mode="w|", bufsize=part_bytes, format=tarfile.PAX_FORMAT) as tar:
+            _add_all(tar, places, opened, max_bytes)
     finally:
-        os.chmod(path, mode)
+        for path, mode in reversed(opened):
+            os.chmod(path, mode)
+
+
+def _add_all(tar: tarfile.TarFile, places: list[str], opened: list[tuple[str, int]], max_bytes: int) -> None:
+    total = 0
+    for place in places:
+        for path in _walk(place, opened):
+            info = tar.gettarinfo(path)
+            if info is None:  # a socket: without its listener only a name
+                continue
+            info.name = path.lstrip("/")
+            info.uname = info.gname = ""
+            if not info.isreg():
+                tar.addfile(info)
+                continue
+            total += info.size
+            if total > max_bytes:
+                raise OSError(errno.EFBIG, "more bytes than may be copied", path)
+            _permit(path, stat.S_IRUSR, opened)
+            with open(path, "rb") as content:
+                tar.addfile(info, content)
+
+
+def _walk(place: str, opened: list[tuple[str, int]]) -> Iterator[str]:
+    """A directory and everything below it, parents first; also what its owner has forbidden himself to read."""
+    pending = [(place, True)]
+    while pending:
+        path, is_directory = pending.pop()
+        yield path
+        if is_directory:
+            _permit(path, stat.S_IRUSR | stat.S_IXUSR, opened)
+            with os.scandir(path) as entries:
+                below = sorted(((e.path, e.is_dir(follow_symlinks=False)) for e in entries), reverse=True)
+            pending += below
+
+
+def _permit(path: str, needed: int, opened: list[tuple[str, int]]) -> None:
+    """See to it that the owner, which we are, has a permission; `opened` remembers the mode that it had."""
+    mode = stat.S_IMODE(os.stat(path, follow_symlinks=False).st_mode)
+    if mode & needed != needed:
+        os.chmod(path, mode | needed)
+        opened.append((path, mode))
 
 
 def read(fd: int, into: str) -> None:

@@ -18,7 +18,12 @@ from rock_env.supervisor.loop import Loop
 
 _KILL_SECONDS = 5.0
 _STOP_SECONDS = 1.0
+_NICENESS = 10  # of programs: they share the container's CPU limit with us, who must get to end them
 _STOPPED = "tTZX"  # states of a process that does not run (proc(5))
+
+
+class NoProcess(Fault):
+    """The container's programs have taken all the processes that it may have."""
 
 
 class Cell(Runner):
@@ -60,10 +65,11 @@ class Cell(Runner):
             pid = os.fork()
         except OSError as error:
             if error.errno == errno.EAGAIN:
-                raise Fault("limit_exceeded", "limits.pids: no process is left to start another (kill_all)") from error
+                raise NoProcess("limit_exceeded", "limits.pids: no process is left to start another") from error
             raise Fault("unavailable", f"cannot start a process: {error}") from error
         if pid == 0:
             try:
+                os.nice(_NICENESS)
                 if (
                     self._confinement.landlock_fd is not None
                 ):  # which keeps the others off what is dumpable for a moment

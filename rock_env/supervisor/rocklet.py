@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -22,16 +23,16 @@ from collections.abc import Callable
 
 from rock_env import wire
 from rock_env.supervisor import files, linux, process
-from rock_env.supervisor.cell import Cell
-from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.cell import Cell, NoProcess
+from rock_env.supervisor.faults import Fault, file_fault
 from rock_env.supervisor.loop import Event, Lock, Loop
 from rock_env.supervisor.operations import Operations, Reply
 
 _PART_BYTES = 256 << 10
 _BACKLOG_BYTES = 1 << 20  # of parts that the other side has not read
 _LAST_WORDS_SECONDS = 2.0
-_FULL, _TOO_LARGE = 3, 4  # exit codes of children
-_EXIT_CODES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _TOO_LARGE}
+_STALLED_SECONDS = 30.0
+_FULL = 3  # exit code of a child
 _UNBOUNDED_BYTES = 2 << 30  # of a snapshot without a limit on the disk
 
 
@@ -43,7 +44,6 @@ class Channel:
         self._in, self._out = incoming, outgoing
         self._reader = wire.FrameReader()
         self._pending = bytearray()
-        self._sent = Event(loop)
         self.on_frame: Callable[[dict, bytes], None] = lambda header, blob: None
         self.on_end: Callable[[], None] = lambda: None
         for fd in (incoming, outgoing):
@@ -80,21 +80,16 @@ class Channel:
         except OSError:
             self.on_end()
         self._loop.remove_writer(self._out)
-        self._sent.set()
-        self._sent = Event(self._loop)
 
-    async def relieved(self) -> None:
-        """Wait while more than a backlog is unsent."""
-        while len(self._pending) > _BACKLOG_BYTES:
-            await self._sent.wait()
-
-    def flush(self, seconds: float) -> None:
-        """Send what is left, at most for so long; the loop stands still meanwhile."""
+    def flush(self, seconds: float, most: int = 0) -> bool:
+        """Send until `most` bytes are left, at most for so long; the loop stands still. False if more are left."""
         deadline = time.monotonic() + seconds
-        while self._pending and time.monotonic() < deadline:
+        poll = select.poll()
+        poll.register(self._out, select.POLLOUT)
+        while len(self._pending) > most and time.monotonic() < deadline:
+            poll.poll(100)
             self._write()
-            if self._pending:
-                time.sleep(0.005)
+        return len(self._pending) <= most
 
     def record(self, event: str, **fields: object) -> None:
         """A record for the audit log (rock_env.supervisor.journal.Recorder), which the other side writes."""
@@ -187,11 +182,24 @@ class Rocklet(Operations):
 
     async def do_execute(self, blob: bytes, **arguments) -> Reply:
         await self._undisturbed()
-        return await super().do_execute(blob, **arguments)
+        try:
+            return await super().do_execute(blob, **arguments)
+        except NoProcess:
+            return self._without_process(arguments["id"]), b""
 
     async def do_run(self, blob: bytes, **arguments) -> Reply:
         await self._undisturbed()
-        return await super().do_run(blob, **arguments)
+        try:
+            return await super().do_run(blob, **arguments)
+        except NoProcess:
+            return self._without_process(arguments["id"]), b""
+
+    def _without_process(self, id: str) -> dict:
+        """The result of a command when programs of the sandbox have taken the last process: as a shell would say it."""
+        cell = self.box(id)
+        output = process.Output(cell.limits["output_bytes"])
+        output.add(b"rock: fork: Resource temporarily unavailable\n")
+        return cell.result(254, None, False, output, cell.oom_kills(), time.monotonic())
 
     async def do_put(self, blob: bytes, **arguments) -> Reply:
         await self._undisturbed()
@@ -213,37 +221,26 @@ class Rocklet(Operations):
             states = await cell.save_sessions()
             stopped = await cell.halt()
             try:
-                await self._send_archive(cell, rid)
+                self._send_archive(cell, rid)
             finally:
                 cell.resume(stopped)
         finally:
             self._turn.release()
         return {"states": states}, b""
 
-    async def _send_archive(self, cell: Cell, rid: int) -> None:
+    def _send_archive(self, cell: Cell, rid: int) -> None:
+        """Without a child: a program may have taken the last process. The loop stands still, as everything does."""
+        from rock_env.supervisor import archive  # which takes a while to load, and not every sandbox needs
+
         disk_bytes = cell.limits["disk_bytes"]
         bound = disk_bytes + (1 << 20) if disk_bytes is not None else _UNBOUNDED_BYTES
-        read, write = process.pipe(True)
-        child = _Child(self._loop, lambda: _write_archive(cell.places, write, bound))
-        os.close(write)
         try:
-            while True:
-                readable = Event(self._loop)
-                self._loop.add_reader(read, readable.set)
-                await readable.wait()
-                self._loop.remove_reader(read)
-                try:
-                    part = os.read(read, _PART_BYTES)
-                except BlockingIOError:
-                    continue
-                if not part:
-                    break
-                self._channel.send({"rid": rid, "part": True}, part)
-                await self._channel.relieved()
-        finally:
-            self._loop.remove_reader(read)
-            os.close(read)
-        await child.finish("snapshot")
+            archive.write(cell.places, _Parts(self._channel, rid), bound, _PART_BYTES)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                message = "snapshot: the files, holes counted, are larger than limits.disk_bytes"
+                raise Fault("limit_exceeded", message) from error
+            raise file_fault(error, "snapshot") from error
 
     # -- end
     async def do_finish(self, blob: bytes, *, id: str) -> Reply:
@@ -280,9 +277,8 @@ class _Child:
                 work()
                 code = 0
             except OSError as error:
-                code = _EXIT_CODES.get(error.errno or 0, 1)
-                if code == 1:
-                    traceback.print_exc()
+                code = _FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
+                traceback.print_exc()
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -299,18 +295,23 @@ class _Child:
         code, number = process.exit_of(self._status[0])
         if code == _FULL:
             raise Fault("limit_exceeded", f"{what}: no space left (limits.disk_bytes)", "ENOSPC")
-        if code == _TOO_LARGE:
-            raise Fault("limit_exceeded", f"{what}: the files, holes counted, are larger than limits.disk_bytes")
         if number is not None:
             raise Fault("limit_exceeded", f"{what}: killed by signal {number} (limits.memory_bytes)")
         if code:
             raise Fault("error", f"{what}: failed inside the container (exit code {code})")
 
 
-def _write_archive(places: list[str], fd: int, max_bytes: int) -> None:
-    from rock_env.supervisor import archive
+class _Parts:
+    """Where a snapshot goes: parts of the reply, as fast as the other side takes them."""
 
-    archive.write(places, fd, max_bytes)
+    def __init__(self, channel: Channel, rid: int) -> None:
+        self._channel, self._rid = channel, rid
+
+    def write(self, data: bytes) -> int:
+        self._channel.send({"rid": self._rid, "part": True}, bytes(data))
+        if not self._channel.flush(_STALLED_SECONDS, _BACKLOG_BYTES):
+            raise TimeoutError(errno.ETIMEDOUT, "the other side does not read")
+        return len(data)
 
 
 class Unpacking:
@@ -323,7 +324,7 @@ class Unpacking:
 
         def work() -> None:
             os.close(self._fd)
-            from rock_env.supervisor import archive
+            from rock_env.supervisor import archive  # see _send_archive
 
             archive.read(read, into)
 

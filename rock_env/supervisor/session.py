@@ -170,8 +170,8 @@ class Session:
             self._lock.release()
 
     async def _start_shell(self) -> None:
-        state, self.state = self.state, None
         self._spawn()
+        state, self.state = self.state, None
         if state is not None:
             directory, text = state
             quoted = "'" + directory.replace("'", "'\\''") + "'"

@@ -131,6 +131,38 @@ def test_a_sparse_file_does_not_make_a_snapshot_endless(box):
     assert box.execute("rm sparse; echo on").output == "on\n"
 
 
+def test_programs_that_take_every_process_and_all_the_cpu_are_still_ended(docker):
+    """The rocklet shares both limits with them. A command that cannot start is told as by a shell."""
+    limits = Limits(pids=24, cpus=0.2, memory_bytes=128 * MIB)
+    with Sandbox.start(SandboxSpec(backend="docker", limits=limits)) as sandbox:
+        session = sandbox.session()
+        session.run("cd /tmp; kept=1")
+        hog = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+        start = time.monotonic()
+        result = session.run(f"(setsid python3 -c '{hog}' &) ; while :; do :; done", timeout=2)
+        assert result.timed_out
+        refused = [sandbox.execute("echo started"), sandbox.session("another").run("echo started")]
+        assert {(r.exit_code, r.output) for r in refused} == {(254, "rock: fork: Resource temporarily unavailable\n")}
+        assert sandbox.stats().pids == 24
+        with sandbox.snapshot() as snapshot:
+            assert snapshot.id
+        sandbox.kill_all()
+        assert time.monotonic() - start < 30
+        assert session.run("pwd; echo [$kept]").output == "/tmp\n[1]\n"
+    records = read_audit_log(docker.audit_log)
+    limits_hit = {r["limit"] for r in records if r.get("sandbox") == sandbox.id.partition(":")[2] and "limit" in r}
+    assert limits_hit >= {"pids", "command_seconds"}
+
+
+def test_a_deep_tree_is_copied(box):
+    code = "import os\nfor i in range(900): os.mkdir('d'); os.chdir('d')\nopen('leaf', 'w').write('x')"
+    assert box.execute(["python3", "-c", code]).exit_code == 0
+    (fork,) = box.fork()
+    with fork:
+        assert fork.execute("find d -name leaf | wc -l; find d | wc -l").output == "1\n901\n"
+    box.execute("rm -r d")
+
+
 # -- what is refused
 def test_limits_that_cannot_be_enforced_are_refused_by_name(docker, monkeypatch):
     """The daemon of a machine without these controls says so in its `info`; here the entry is taken away."""
