@@ -218,6 +218,8 @@ class DockerBackend(WireCalls):
             docker.types.Mount(target, os.path.abspath(source), type="bind", read_only=True)
             for source, target in spec.readonly_binds.items()
         ]
+        for bind in binds:  # what is mounted below would come along writable
+            bind["BindOptions"] = {"Propagation": "rprivate", "NonRecursive": True}
         bounds: dict[str, Any] = {}
         if limits.memory_bytes is not None:
             bounds["mem_limit"] = limits.memory_bytes

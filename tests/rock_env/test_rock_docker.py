@@ -155,11 +155,11 @@ def test_programs_that_take_every_process_and_all_the_cpu_are_still_ended(docker
 
 
 def test_a_deep_tree_is_copied(box):
-    code = "import os\nfor i in range(900): os.mkdir('d'); os.chdir('d')\nopen('leaf', 'w').write('x')"
+    code = "import os\nfor i in range(300): os.mkdir('d'); os.chdir('d')\nopen('leaf', 'w').write('x')"
     assert box.execute(["python3", "-c", code]).exit_code == 0
     (fork,) = box.fork()
     with fork:
-        assert fork.execute("find d -name leaf | wc -l; find d | wc -l").output == "1\n901\n"
+        assert fork.execute("find d -name leaf | wc -l; find d | wc -l").output == "1\n301\n"
     box.execute("rm -r d")
 
 

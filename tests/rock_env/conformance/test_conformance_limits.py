@@ -1,6 +1,7 @@
 """Limits hold on every backend, or it says that it cannot enforce them and refuses."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -117,9 +118,12 @@ def test_readonly_binds(backend, start, tmp_path):
     assert "readonly_binds" in backend.capabilities
     (tmp_path / "file").write_text("bound")
     tmp_path.chmod(0o755)
-    with start(readonly_binds={str(tmp_path): "/opt/bound"}) as sandbox:
+    with start(readonly_binds={str(tmp_path): "/opt/bound", "/dev": "/opt/devices"}) as sandbox:
         assert sandbox.execute("cat /opt/bound/file").output == "bound"
         assert "Read-only" in sandbox.execute("echo no > /opt/bound/file").output
+        # What is mounted below a bound directory: here a file system that everybody may write to.
+        assert sandbox.execute("echo no > /opt/devices/shm/planted-by-a-test").exit_code != 0
+    assert not Path("/dev/shm/planted-by-a-test").exists()
     assert (tmp_path / "file").read_text() == "bound"
 
 
