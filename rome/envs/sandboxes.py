@@ -59,6 +59,7 @@ def sandbox_spec(task: HarborTask, command_seconds: float, backend: str = "bubbl
         # No interpreter where sandboxes can see it: lend them this process's own, read-only.
         binds[sys.base_prefix] = _PYTHON_HOME
         env["PATH"] = f"/usr/local/bin:/usr/bin:/bin:{_PYTHON_HOME}/bin"
+        env["LD_LIBRARY_PATH"] = f"{_PYTHON_HOME}/lib"  # a shared libpython is looked for where it was installed
     return SandboxSpec(
         files={path: FileEntry(file.content, file.mode) for path, file in task.files.items()},
         workdir=task.workdir,
