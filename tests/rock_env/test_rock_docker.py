@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -338,6 +339,35 @@ def test_many_threads_share_a_channel(box):
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(24)))
     box.execute("rm -r shared")
+
+
+def test_nothing_of_an_ended_sandbox_stays_open(docker):
+    """Neither of one that was stopped nor of one whose container has ended by itself."""
+    Sandbox.start(SandboxSpec(backend="docker")).stop()
+    before = _open_sockets(docker)
+    threads = threading.active_count()
+    for number in range(4):
+        sandbox = Sandbox.start(SandboxSpec(backend="docker"))
+        assert _open_sockets(docker) == before + 1
+        if number % 2:
+            _api(docker).kill(sandbox.id.partition(":")[0])
+            assert _gone(docker, sandbox.id.partition(":")[0])
+        sandbox.stop()
+    deadline = time.monotonic() + 5
+    while (_open_sockets(docker) > before or threading.active_count() > threads) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _open_sockets(docker) == before
+    assert threading.active_count() <= threads
+
+
+def _open_sockets(docker):
+    """Without the connections that the package keeps for later requests (at most 25)."""
+    _api(docker).close()
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+    return count
 
 
 # -- faults
