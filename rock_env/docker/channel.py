@@ -32,9 +32,12 @@ _MODULES = (
     "supervisor.files", "supervisor.commands", "supervisor.guard", "supervisor.cell", "supervisor.operations",
     "supervisor.archive", "supervisor.rocklet",
 )  # fmt: skip
+LEAST_PYTHON = (3, 9)  # that an image must have
 # Reads the rocklet's modules from the standard input, so that nothing has to be in the image but a Python.
 BOOT = """
 import importlib.machinery, marshal, os, sys
+if sys.version_info < (3, 9):
+    sys.exit("the docker backend needs Python 3.9 in the image, found " + sys.version.split()[0])
 def take(count):
     data = b""
     while len(data) < count:
