@@ -78,7 +78,6 @@ class _Live:
         self.handle = f"{container[:12]}:{name}"
         self.channel: Channel | None = None
         self.places: list[str] = []
-        self.stream: object = None  # keeps the connection from being closed
         self.ended = False
 
 
@@ -250,9 +249,8 @@ class DockerBackend(WireCalls):
 
     def _start(self, live: _Live, image: str, uid: int, origin: _Snapshot | None) -> None:
         """Run the container, see that it is confined as it should be, and place the files."""
-        sock, live.stream = live.engine.attach(live.container)
         live.channel = Channel(
-            sock,
+            *live.engine.attach(live.container),
             lambda event, fields: live.log.record(event, **fields),
             lambda reason, usage: self._on_end(live, reason, usage),
             _SILENCE_SECONDS / 4,

@@ -7,6 +7,7 @@ rocklet's output; stream 2, its errors, is kept (its end only) for messages.
 from __future__ import annotations
 
 import contextlib
+import io
 import marshal
 import socket
 import struct
@@ -31,9 +32,12 @@ _MODULES = (
     "supervisor.files", "supervisor.commands", "supervisor.guard", "supervisor.cell", "supervisor.operations",
     "supervisor.archive", "supervisor.rocklet",
 )  # fmt: skip
+LEAST_PYTHON = (3, 9)  # that an image must have
 # Reads the rocklet's modules from the standard input, so that nothing has to be in the image but a Python.
 BOOT = """
 import importlib.machinery, marshal, os, sys
+if sys.version_info < (3, 9):
+    sys.exit("the docker backend needs Python 3.9 in the image, found " + sys.version.split()[0])
 def take(count):
     data = b""
     while len(data) < count:
@@ -89,17 +93,19 @@ class _Waiting:
 class Channel:
     """Requests from any thread; one thread reads. `on_audit(event, fields)` runs before the reply that follows it.
 
-    `on_end(reason, usage)` may run twice. A ping goes out where nothing else has for `ping_seconds`.
+    `stream` is the package's hold on the socket. `on_end(reason, usage)` may run twice. A ping goes out where nothing
+    else has for `ping_seconds`.
     """
 
     def __init__(
         self,
         sock: socket.socket,
+        stream: io.RawIOBase | socket.socket,
         on_audit: Callable[[str, dict], None],
         on_end: Callable[[str, dict], None],
         ping_seconds: float,
     ) -> None:
-        self._socket = sock
+        self._socket, self._stream = sock, stream
         self._ping_seconds, self._sent = ping_seconds, time.monotonic()
         self._on_audit, self._on_end = on_audit, on_end
         self._lock = threading.Lock()  # of the table
@@ -182,6 +188,9 @@ class Channel:
         except (wire.ConnectionLost, ValueError, KeyError, TypeError) as error:
             reason = f"its container does not speak the protocol ({error})"
         self._die(reason)
+        with contextlib.suppress(OSError, ValueError):
+            # The HTTP response first, which holds the socket too, and could not be closed after it.
+            getattr(self._stream, "_response", self._stream).close()
         self._socket.close()
 
     def _ping(self) -> None:

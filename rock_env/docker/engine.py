@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 LABEL = "rock-env.owner"
 _API_SECONDS = 60
-_POOL = 64
 # The field of Limits, and what the engine says of itself when the machine lets it enforce that.
 _CONTROLS = {"memory_bytes": ("MemoryLimit",), "pids": ("PidsLimit",), "cpus": ("CpuCfsPeriod", "CpuCfsQuota")}
 
@@ -74,9 +74,7 @@ class Engine:
         docker = load()
         options = docker.utils.kwargs_from_env() if base_url is None else {"base_url": base_url}
         with translated("no daemon answers"):
-            self.api: docker.APIClient = docker.APIClient(
-                **options, version="auto", timeout=_API_SECONDS, max_pool_size=_POOL
-            )
+            self.api: docker.APIClient = docker.APIClient(**options, version="auto", timeout=_API_SECONDS)
             self.info: dict = self.api.info()
         self.url = base_url or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         if self.api.base_url.startswith("https://"):
@@ -136,8 +134,9 @@ class Engine:
             self.remove(container)
         return len(orphans)
 
-    def attach(self, container: str) -> tuple[socket.socket, object]:
-        """The standard streams of a container that has not started yet, and what must be kept while they are used."""
+    def attach(self, container: str) -> tuple[socket.socket, io.RawIOBase | socket.socket]:
+        """The standard streams of a container that has not started yet, and what must be kept while they are used, and
+        closed."""
         with translated("attach to a container"):
             params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1, "logs": 0}
             kept = self.api.attach_socket(container, params=params)

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+from rock_env.docker.channel import LEAST_PYTHON
 from rock_env.errors import BackendUnavailable
 from rock_env.supervisor.files import EPOCH
 from rock_env.supervisor.store import base_tree
@@ -36,19 +38,44 @@ _WHERE = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DATA = ("/etc/ld.so.cache", "/usr/lib/os-release", "/usr/share/zoneinfo/UTC", "/usr/lib/locale/C.utf8")
 _SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip"})
 _SKIPPED |= {"site-packages", "dist-packages"}
-_ASK_PYTHON = "import sys, sysconfig; p = sysconfig.get_path; print(sys.executable, p('stdlib'), p('platstdlib'))"
+_ASK_PYTHON = (
+    "import sys, sysconfig; p = sysconfig.get_path;"
+    " print(*sys.version_info[:2], sys.base_prefix, sys.executable, p('stdlib'), p('platstdlib'), sep='\\n')"
+)
+_PYTHON_HOME = "/opt/python"  # of an interpreter that is in a place of its own here, perhaps a private one
 
 
-def find_python() -> str:
+class _Python(NamedTuple):
+    """An interpreter: how it is called, where it is installed, and its parts."""
+
+    version: tuple[int, int]
+    prefix: str
+    executable: str
+    libraries: tuple[str, ...]
+
+
+def find_python() -> _Python:
     """The interpreter to put into the image: /usr/bin/python3, else the one that runs this program.
 
     Raises:
-      BackendUnavailable: neither is there.
+      BackendUnavailable: neither is there, and new enough for a rocklet.
     """
-    for path in ("/usr/bin/python3", os.path.join(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")):
-        if os.access(path, os.X_OK):
-            return path
-    raise BackendUnavailable("docker: no python3 on this machine to make a base image of; name an image in the spec")
+    own = os.path.join(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    for path in ("/usr/bin/python3", own):
+        if os.access(path, os.X_OK) and (python := _ask(path)).version >= LEAST_PYTHON:
+            return python
+    raise BackendUnavailable(
+        f"docker: no Python {'.'.join(map(str, LEAST_PYTHON))} on this machine to make a base image of; "
+        "name an image in the spec"
+    )
+
+
+def _ask(path: str) -> _Python:
+    result = subprocess.run([path, "-I", "-S", "-c", _ASK_PYTHON], capture_output=True, text=True, timeout=60)
+    if result.returncode != 0:
+        raise BackendUnavailable(f"docker: {path} does not run: {result.stderr.strip()[-200:]}")
+    major, minor, prefix, executable, *libraries = result.stdout.splitlines()
+    return _Python((int(major), int(minor)), prefix, executable, tuple(dict.fromkeys(libraries)))
 
 
 class _Tree:
@@ -57,7 +84,16 @@ class _Tree:
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
         self.links: dict[str, str] = {}
+        self.moved: dict[str, str] = {}
         self._programs: list[str] = []
+
+    def place(self, path: str) -> str:
+        """Where a path of this machine is in the image. A shared libpython goes to where every loader looks."""
+        for prefix, new in self.moved.items():
+            if path.startswith(f"{prefix}/"):
+                name = os.path.basename(path)
+                return f"/usr/lib/{name}" if name.startswith("libpython") else new + path[len(prefix) :]
+        return path
 
     def add(self, path: str) -> None:
         """A file, with the links that lead to it. Directories that are links themselves (/bin) are resolved."""
@@ -107,14 +143,6 @@ def _libraries(objects: list[str]) -> Iterator[str]:
                 yield word
 
 
-def _python_parts(python: str) -> list[str]:
-    """[executable, standard library, its platform-dependent part] of an interpreter."""
-    result = subprocess.run([python, "-I", "-S", "-c", _ASK_PYTHON], capture_output=True, text=True, timeout=60)
-    if result.returncode != 0:
-        raise BackendUnavailable(f"docker: {python} does not run: {result.stderr.strip()[-200:]}")
-    return result.stdout.split()
-
-
 def _collect() -> _Tree:
     tree = _Tree()
     for name in _TOOLS:
@@ -124,13 +152,15 @@ def _collect() -> _Tree:
         elif name in NEEDED:
             raise BackendUnavailable(f"docker: no {name} on this machine to make a base image of")
     python = find_python()
-    executable, *libraries = _python_parts(python)
-    for program in (python, executable):
-        tree.add_program(program)
-    for library in dict.fromkeys(libraries):
+    tree.add_program(python.executable)
+    for library in python.libraries:
         tree.add_directory(library)
-    if not python.startswith("/usr/bin/"):
-        tree.links["/usr/bin/python3"] = executable
+    if not python.prefix.startswith("/usr"):
+        tree.moved[python.prefix] = _PYTHON_HOME
+    if os.path.dirname(python.executable) != "/usr/bin":
+        tree.links["/usr/bin/python3"] = tree.place(os.path.realpath(python.executable))
+    else:
+        tree.add_program("/usr/bin/python3")
     for path in _DATA:
         if os.path.isdir(path):
             tree.add_directory(path)
@@ -165,17 +195,20 @@ class HostRootfs:
             made: set[str] = set()
             for name, mode in directories.items():
                 _put(tar, made, name, tarfile.DIRTYPE, mode)
-            for name, target in (links | {p.lstrip("/"): t for p, t in self._tree.links.items()}).items():
+            place = self._tree.place
+            links |= {place(path).lstrip("/"): place(target) for path, target in self._tree.links.items()}
+            for name, target in links.items():
                 if name not in texts:
                     _put(tar, made, name, tarfile.SYMTYPE, 0o777, target=target)
             for name, data in texts.items():
                 _put(tar, made, name, tarfile.REGTYPE, 0o644, data)
             for path in sorted(self._tree.files):
-                if path.lstrip("/") not in made:
+                name = place(path).lstrip("/")
+                if name not in made:
                     with open(path, "rb") as source:
                         status = os.fstat(source.fileno())
                         # With its own time, by which a Python module's compiled form is known to belong to it.
-                        _put(tar, made, path.lstrip("/"), tarfile.REGTYPE, status.st_mode & 0o755, source.read(),
+                        _put(tar, made, name, tarfile.REGTYPE, status.st_mode & 0o755, source.read(),
                              time=int(status.st_mtime))  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from rock_env import (
 )
 from rock_env.audit import read_audit_log, verify_audit_log
 from rock_env.docker import backend as docker_backend
-from rock_env.docker import channel, engine, places
+from rock_env.docker import channel, engine, places, rootfs
 
 _REPOSITORY = Path(rock_env.__file__).parents[1]
 MIB = 1 << 20
@@ -222,6 +223,23 @@ def test_places_and_their_shares():
 
 
 # -- images
+def test_a_private_interpreter_gets_a_public_place():
+    """One below /root, say, which no user of a sandbox may enter; its library goes to where loaders look."""
+    tree = rootfs._Tree()
+    tree.moved["/root/python"] = "/opt/python"
+    assert tree.place("/root/python/lib/python3.13/os.py") == "/opt/python/lib/python3.13/os.py"
+    assert tree.place("/root/python/lib/libpython3.13.so.1.0") == "/usr/lib/libpython3.13.so.1.0"
+    assert tree.place("/root/python-other/x") == "/root/python-other/x"
+    assert rootfs.find_python().version >= channel.LEAST_PYTHON
+
+
+def test_an_image_with_too_old_a_python_is_refused():
+    old = channel.BOOT.replace("(3, 9)", "(99, 0)")
+    result = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 1
+    assert "found 3." in result.stderr
+
+
 @contextlib.contextmanager
 def _image_from(docker, files, changes=()):
     """An image like the one of this machine, with these files too; by name."""
@@ -338,6 +356,35 @@ def test_many_threads_share_a_channel(box):
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(24)))
     box.execute("rm -r shared")
+
+
+def test_nothing_of_an_ended_sandbox_stays_open(docker):
+    """Neither of one that was stopped nor of one whose container has ended by itself."""
+    Sandbox.start(SandboxSpec(backend="docker")).stop()
+    before = _open_sockets(docker)
+    threads = threading.active_count()
+    for number in range(4):
+        sandbox = Sandbox.start(SandboxSpec(backend="docker"))
+        assert _open_sockets(docker) == before + 1
+        if number % 2:
+            _api(docker).kill(sandbox.id.partition(":")[0])
+            assert _gone(docker, sandbox.id.partition(":")[0])
+        sandbox.stop()
+    deadline = time.monotonic() + 5
+    while (_open_sockets(docker) > before or threading.active_count() > threads) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _open_sockets(docker) == before
+    assert threading.active_count() <= threads
+
+
+def _open_sockets(docker):
+    """Without the connections that the package keeps for later requests (at most 25)."""
+    _api(docker).close()
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+    return count
 
 
 # -- faults
