@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     results = []
     for program in programs:
         console.print(f"compiling {program.name} for {own['topology']}…", highlight=False)
-        results.append(compile_program(program, len(devices)))
+        results.append(compile_program(program, len(devices), chip))
     console.print(memory_table(results, chip))
     console.print(speed_table(results, chip, len(devices)))
     misfits = [r for r in results if r.error or (chip and r.total > chip.hbm)]

@@ -10,15 +10,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from rome.models.sharding import MeshConfig, make_mesh
+from rome.training.flops import count_flops
 from rome.training.hlo import Traffic, traffic
 from rome.training.programs import Program, rollout_programs, train_programs
 from rome.training.settings import RunSettings
@@ -137,14 +139,14 @@ def shapes_of(program: Program) -> Result:
     return Result(program, {**program.arguments, **resident}, 0.0, Traffic(), 0.0)
 
 
-def compile_program(program: Program, devices: int) -> Result:
+def compile_program(program: Program, devices: int, chip: Chip | None) -> Result:
     """Traces, lowers and compiles it; one that does not fit the chip gives a result with `error`."""
     started = time.monotonic()
     traced = program.trace()
     flops = count_flops(traced.jaxpr.jaxpr) / devices
     held = dict(shapes_of(program).memory)
     try:
-        compiled = traced.lower().compile()
+        compiled, text = _compile(traced.lower(), chip is not None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -154,44 +156,16 @@ def compile_program(program: Program, devices: int) -> Result:
     held["outputs"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
     held["temporaries"] = stats.temp_size_in_bytes
     held["code"] = stats.generated_code_size_in_bytes
-    return Result(program, held, flops, traffic(compiled.as_text()), time.monotonic() - started)
+    return Result(program, held, flops, traffic(text), time.monotonic() - started)
 
 
-def count_flops(jaxpr: core.Jaxpr) -> float:
-    """Multiplications and additions of a program's matrix products on all devices, recomputation included.
-
-    A scan counts as often as it runs; a `while` loop once (a decoding loop: one token); a `cond` as its dearest branch.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = 2.0
-            for axis in contracted:
-                inner *= shape[axis]
-            total += inner * equation.outvars[0].aval.size
-        elif name.startswith("ragged_dot"):
-            rows, weights = (equation.invars[i].aval.shape for i in (0, 1))
-            total += 2.0 * rows[0] * rows[1] * (weights[-1] if len(weights) == 3 else weights[1])
-        elif name == "cond":
-            total += max(count_flops(branch.jaxpr) for branch in params["branches"])
-        else:
-            times = params["length"] if name == "scan" else 1
-            if name == "shard_map":
-                times = params["mesh"].size
-            elif name == "pallas_call":
-                continue
-            total += times * sum(count_flops(inner) for inner in _inner(params))
-    return total
-
-
-def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
-    found = []
-    for value in params.values():
-        if isinstance(value, core.ClosedJaxpr):
-            found.append(value.jaxpr)
-        elif isinstance(value, core.Jaxpr):
-            found.append(value)
-    return found
+def _compile(lowered: jax.stages.Lowered, for_tpu: bool) -> tuple[jax.stages.Compiled, str]:
+    """The program, and the text of its optimised module. libtpu writes the text to a folder, because jaxlib's parser
+    refuses instructions of a newer libtpu ("async-update instruction should have 1 operands")."""
+    if not for_tpu:
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder})
+        (written,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, written.read_text()

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rome.training.compile_check import TopologyError, count_flops, topology_devices
+from rome.models.kernels import splash_attention
+from rome.training.compile_check import TopologyError, topology_devices
+from rome.training.flops import count_flops
 from rome.training.hlo import traffic
 
 ROOT = Path(__file__).parents[2]
@@ -84,11 +86,30 @@ def test_flops_count_loops_recomputation_and_the_dearest_branch():
     def branching(x, w):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ w[0] @ w[1], lambda: x @ w[0])
 
+    def looping(x, w):
+        return jax.lax.while_loop(lambda c: (c[0] < 7) & (c[1] < 9).any(), lambda c: (c[0] + 1, c[1] @ w[0]), (0, x))
+
     product = 2 * 8 * 16 * 16
+    assert count_flops(jax.make_jaxpr(looping)(x, w).jaxpr) == 7 * product
     assert count_flops(jax.make_jaxpr(scanned)(x, w).jaxpr) == 5 * product
     # forward, forward again (its input is not kept, only sin's is recomputed from it), and two in the backward pass
     assert count_flops(jax.make_jaxpr(jax.grad(scanned, (0, 1)))(x, w).jaxpr) == 4 * 5 * product
     assert count_flops(jax.make_jaxpr(branching)(x, w).jaxpr) == 2 * product
+
+
+def test_flops_of_splash_attention_leave_out_what_the_causal_order_hides():
+    q, k = jnp.zeros((2, 2, 4, 1024, 128)), jnp.zeros((2, 2, 2048, 128))
+    of_q, of_k = jnp.ones((2, 1024), jnp.int32), jnp.ones((2, 2048), jnp.int32)
+
+    def attend(q, k, v):
+        return splash_attention(q, k, v, of_q, of_k, None).sum()
+
+    product = 2 * 16 * 1024 * 2048 * 128  # of all queries with all keys
+    seen = (3 + 4) / 8  # blocks of 512 × 512 in the last two rows of four
+    assert count_flops(jax.make_jaxpr(attend)(q, k, k).jaxpr) == seen * 2 * product
+    # forward 2, keys and values 4, queries 3; and the product of each output with its gradient
+    gradients = jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(q, k, k).jaxpr
+    assert count_flops(gradients) == seen * 9 * product + 2 * q.size
 
 
 @pytest.mark.parametrize("name", ["v5p", "v9z:2x2", "v5p:4by4", "cpu:many", "cpu:100000"])
