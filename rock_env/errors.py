@@ -51,6 +51,36 @@ class RequestTimeout(RockError):
     code = "request_timeout"
 
 
+class NotReady(RockError):
+    """The sandbox has not started yet, or is being stopped: ask again later."""
+
+    code = "not_ready"
+
+
+class Unauthorized(RockError):
+    """No credential, or one that is unknown, expired or revoked."""
+
+    code = "unauthorized"
+
+
+class Forbidden(RockError):
+    """The credential is valid, but does not cover this; the message names what is missing."""
+
+    code = "forbidden"
+
+
+class QuotaExceeded(RockError):
+    """The tenant has used up a quota; the message names it."""
+
+    code = "quota_exceeded"
+
+
+class NoCapacity(RockError):
+    """No worker has room for the sandbox now."""
+
+    code = "no_capacity"
+
+
 class FileError(RockError, OSError):
     """A file operation inside the sandbox failed; `errno_name` is the symbolic errno, e.g. "ENOENT"."""
 
@@ -72,13 +102,23 @@ ERRORS: dict[str, type[RockError]] = {
         SandboxNotFound,
         SandboxDead,
         RequestTimeout,
+        NotReady,
+        Unauthorized,
+        Forbidden,
+        QuotaExceeded,
+        NoCapacity,
         FileError,
     )
 }
 
 
+def to_wire(error: RockError) -> dict[str, str]:
+    """{"code", "message", "errno"} of an exception."""
+    return {"code": error.code, "message": str(error), "errno": getattr(error, "errno_name", "")}
+
+
 def from_wire(error: dict[str, str]) -> RockError:
-    """Rebuild the exception that a supervisor reported as {"code", "message", "errno"?}."""
+    """Rebuild the exception that a supervisor, a worker or an admin reported as {"code", "message", "errno"?}."""
     cls = ERRORS.get(error["code"], RockError)
     if cls is FileError:
         return FileError(error["message"], error.get("errno", ""))

@@ -103,10 +103,37 @@ class Sandbox:
             files_spec = spec
         if snapshot is not None and snapshot.spec.backend != spec.backend:
             raise SpecError(f"backend: the snapshot is of {snapshot.spec.backend!r}, the spec has {spec.backend!r}")
-        backend = get_backend(spec.backend)
+        backend = get_backend(spec.backend) if snapshot is None else snapshot._backend
         _require_enforceable(backend, spec.network)
         id = backend.create(files_spec, snapshot.id if snapshot is not None else None)
         return cls(backend, id, spec)
+
+    @classmethod
+    def connect(
+        cls,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        id: str | None = None,
+        spec: SandboxSpec | None = None,
+        ca_file: str | Path | None = None,
+    ) -> Sandbox:
+        """A sandbox of a `rock` admin, with the same methods as a local one: the live one named `id`, or a new one.
+
+        Args:
+          url, token: the admin's address, and an API key, or (with `id`) a token for that sandbox; by default
+            $ROCK_URL and $ROCK_API_KEY.
+          ca_file: certificates to trust instead of the system's.
+
+        Raises:
+          Unauthorized, Forbidden: the token is not valid, or not for this.
+          QuotaExceeded, NoCapacity: there is no room for a new one.
+          BackendUnavailable: nobody answers, or the extra `rock` is not installed.
+        """
+        from rock_env.remote import Client  # imports the extra `rock`
+
+        client = Client(url, token, ca_file=ca_file)
+        return client.start(spec) if id is None else client.sandbox(id)
 
     # -- commands
     def execute(

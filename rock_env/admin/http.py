@@ -1,0 +1,150 @@
+"""What every request goes through: authentication, a bound on its size, a line in the log, and one form of error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rock_env import errors
+from rock_env.admin.auth import Keyring, Principal
+from rock_env.errors import FileError, RockError
+
+log = logging.getLogger("rock.admin.requests")
+OPEN_PATHS = frozenset({"/health"})
+MAX_BODY_BYTES = 512 << 20
+_STATUS = {
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "not_ready": 409,
+    "dead": 410,
+    "limit_exceeded": 413,
+    "spec": 422,
+    "limit_not_enforceable": 422,
+    "quota_exceeded": 429,
+    "no_capacity": 503,
+    "unavailable": 503,
+    "request_timeout": 504,
+}
+
+
+class Json(Response):
+    """JSON in ASCII: file names that are not UTF-8 travel as lone surrogates."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def error_response(error: RockError) -> Json:
+    if isinstance(error, FileError):
+        status = 404 if error.errno_name == "ENOENT" else 409
+    else:
+        status = _STATUS.get(error.code, 500)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return Json({"error": errors.to_wire(error)}, status, headers)
+
+
+class TooLarge(errors.LimitExceeded):
+    """A request's body is larger than this server takes."""
+
+
+class Gate:
+    """ASGI middleware. Everything but OPEN_PATHS needs a credential, what does not exist included."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self._app = app
+        self._keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await self._app(scope, receive, send)
+            return
+        started, status, who = time.perf_counter(), 500, "-"
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                principal = self._keyring.identify(_header(scope, b"authorization"))
+                scope["principal"] = principal
+                who = f"{principal.tenant}/{principal.key}"
+            length = _header(scope, b"content-length") or "0"
+            if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+                raise TooLarge(f"the body: expected at most {MAX_BODY_BYTES} bytes")
+            await self._app(scope, _bounded(receive), note)
+        except RockError as error:
+            await error_response(error)(scope, receive, note)
+        finally:
+            milliseconds = 1e3 * (time.perf_counter() - started)
+            log.info("%s %s %s %d %.1f ms", who, scope["method"], _one_line(scope["path"]), status, milliseconds)
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            return value.decode("latin-1")
+    return None
+
+
+def _one_line(path: str) -> str:
+    return ascii(path[:200])[1:-1]
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Bodies in chunks do not say how long they are."""
+    total = 0
+
+    async def bounded() -> Message:
+        nonlocal total
+        message = await receive()
+        total += len(message.get("body", b""))
+        if total > MAX_BODY_BYTES:
+            raise TooLarge(f"the body: expected at most {MAX_BODY_BYTES} bytes")
+        return message
+
+    return bounded
+
+
+def principal(request: Request) -> Principal:
+    """Who sent the request; as a dependency of routes."""
+    return request.scope["principal"]
+
+
+def install_errors(app: FastAPI) -> None:
+    """Every error as {"error": {"code", "message", "errno"}}; never with what was sent, which may be secret."""
+
+    @app.exception_handler(RockError)
+    async def on_rock_error(request: Request, error: RockError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        lines = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()]
+        return error_response(errors.SpecError("; ".join(lines)[:2000]))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        code = {404: "no_route", 405: "method"}.get(error.status_code, "error")
+        body = {"error": {"code": code, "message": str(error.detail), "errno": ""}}
+        return Json(body, error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def on_defect(request: Request, error: Exception) -> Response:
+        return error_response(RockError(f"internal error: {type(error).__name__}"))

@@ -1,0 +1,248 @@
+"""The admin's process: its directory, its keys, its workers, and the HTTP server over them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
+
+from rock_env.admin.app import create_app
+from rock_env.admin.auth import ADMIN_TENANT, Redact, new_key
+from rock_env.admin.control import ControlPlane
+from rock_env.admin.database import Database
+from rock_env.admin.hosts import Host
+from rock_env.admin.link import Link, read_secret
+from rock_env.admin.models import Tenant
+from rock_env.admin.reconcile import Reconciler, local_hosts
+from rock_env.admin.worker_main import ORPHAN_SECONDS
+from rock_env.errors import BackendUnavailable, RockError, SpecError
+
+log = logging.getLogger("rock.admin")
+_STOP_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class AdminConfig:
+    """How an admin runs.
+
+    Attributes:
+      directory: its own: database, admin's key, workers' secrets and logs. One admin at a time.
+      host, port: where it listens; other than loopback only with TLS. Port 0: any; see the file `url`.
+      workers: processes on this machine. `capacity`: sandboxes on each.
+      joined: workers started elsewhere (`rock worker`): (name, address, secret file).
+      database: a SQLAlchemy URL; None: SQLite in `directory`.
+      images: name that tenants use -> what the backend takes.
+      certificate, private_key: PEM files, for TLS.
+      reconcile_seconds, worker_seconds: see Reconciler. orphan_seconds: see Worker.
+    """
+
+    directory: Path
+    host: str = "127.0.0.1"
+    port: int = 7600
+    workers: int = 1
+    capacity: int = 1000
+    joined: tuple[tuple[str, str, str], ...] = ()
+    database: str | None = None
+    images: dict[str, str] = field(default_factory=dict)
+    backends: tuple[str, ...] = ("bubblewrap",)
+    certificate: Path | None = None
+    private_key: Path | None = None
+    reconcile_seconds: float = 2.0
+    worker_seconds: float = 30.0
+    orphan_seconds: float = ORPHAN_SECONDS
+
+    def __post_init__(self) -> None:
+        try:
+            is_loopback = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError as error:
+            raise SpecError(f"host: expected an address or localhost, got {self.host!r}") from error
+        if (self.certificate is None) != (self.private_key is None):
+            raise SpecError("TLS: expected both a certificate and a private key, or neither")
+        if not is_loopback and self.certificate is None:
+            raise SpecError(f"host: {self.host} is not loopback: keys would travel in the clear; give a certificate")
+        for name in ("workers", "capacity", "port"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.directory / 'admin.db'}"
+
+
+def default_directory() -> Path:
+    """$ROCK_ADMIN_DIR, else rock/admin in $XDG_STATE_HOME (~/.local/state)."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(os.environ.get("ROCK_ADMIN_DIR") or os.path.join(state, "rock", "admin"))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only we can read, atomically."""
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def lock_directory(directory: Path) -> int:
+    """Make the directory ours for this process's life."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(directory, 0o700)
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BackendUnavailable(f"directory {directory}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise BackendUnavailable(f"directory {directory}: another admin uses it") from error
+    return fd
+
+
+class Admin:
+    """Everything of one admin but the HTTP server."""
+
+    def __init__(self, config: AdminConfig) -> None:
+        self.config = config
+        self.control = ControlPlane(Database(config.database_url), config.images, config.backends)
+        self.reconciler = Reconciler(self.control, config.reconcile_seconds, config.worker_seconds)
+
+    async def start(self) -> None:
+        config, control = self.config, self.control
+        hosts = local_hosts(config.directory / "workers", config.workers, config.capacity, config.orphan_seconds)
+        hosts += [Host(n, Link(n, where, read_secret(file)), config.capacity) for n, where, file in config.joined]
+        for host in hosts:
+            if host.name in control.scheduler.hosts:
+                raise SpecError(f"worker {host.name!r}: expected each name once")
+            control.scheduler.hosts[host.name] = host
+        await self.reconciler.load()
+        await self._ensure_admin()
+        await self.reconciler.start()
+
+    async def _ensure_admin(self) -> None:
+        """At the first start: the admin's tenant, and a key in the file `admin.key`."""
+        control, path = self.control, self.config.directory / "admin.key"
+        if ADMIN_TENANT not in control.tenants:
+            bounds = dict.fromkeys(("max_sandboxes", "max_memory_bytes", "max_cpus", "max_snapshots"))
+            tenant = Tenant(name=ADMIN_TENANT, max_lifetime_seconds=7 * 86400.0, created_at=time.time(), **bounds)
+            await control.db(control.database.put_tenant, tenant, new=True)
+            control.tenants[ADMIN_TENANT] = tenant
+        if not any(key.sandbox is None for key in control.keyring.of(ADMIN_TENANT)) or not path.exists():
+            key, credential = new_key(ADMIN_TENANT, "first", is_admin=True)
+            await control.db(control.database.add_key, key)
+            control.keyring.add(key)
+            write_private(path, credential + "\n")
+            log.info("the admin's key is in %s", path)
+
+    async def stop(self) -> None:
+        """In order: end every sandbox and every worker of ours, and leave nothing."""
+        await self.reconciler.close()
+        control = self.control
+        records = list(control.live.values())
+        stops = [asyncio.create_task(control.stop(record, "the admin was stopped")) for record in records]
+        for row in list(control.snapshots.values()):
+            await control.drop_snapshot(row, "lost")
+        if stops:
+            await asyncio.wait(stops, timeout=_STOP_SECONDS)
+        for host in control.scheduler.hosts.values():
+            if host.local is not None and host.local.pid is not None:
+                with contextlib.suppress(RockError):
+                    await host.link.call("shutdown", 5.0)
+                if not await host.local.wait_end(20.0):
+                    await host.local.kill()
+            host.link.close()
+        control.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which handles signals itself; `ready` is called with the port once it listens."""
+
+    def __init__(self, config: uvicorn.Config, directory: Path, scheme: str, host: str) -> None:
+        super().__init__(config)
+        self._directory, self._scheme, self._host = directory, scheme, host
+
+    async def startup(self, sockets: list | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            host = f"[{self._host}]" if ":" in self._host else self._host
+            url = f"{self._scheme}://{host}:{port}"
+            write_private(self._directory / "url", url + "\n")
+            log.info("serving at %s", url)
+
+
+def serve(config: AdminConfig) -> None:
+    """Run an admin until SIGINT or SIGTERM, which end its sandboxes and workers; SIGKILL does not: start it again.
+
+    Raises:
+      RockError: it cannot start.
+    """
+    configure_process()
+    lock = lock_directory(config.directory)
+    try:
+        admin = Admin(config)
+    except SQLAlchemyError as error:
+        raise BackendUnavailable(f"the database cannot be used: {type(error).__name__}") from error
+    app = create_app(admin.control)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: object) -> AsyncIterator[None]:
+        await admin.start()
+        try:
+            yield
+        finally:
+            await admin.stop()
+
+    app.router.lifespan_context = lifespan
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        ssl_certfile=config.certificate,
+        ssl_keyfile=config.private_key,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        backlog=2048,
+        lifespan="on",
+    )
+    try:
+        server = _Server(settings, config.directory, "https" if config.certificate else "http", config.host)
+        server.run()
+        if not server.started:
+            raise BackendUnavailable("the admin did not start: see the log above")
+    finally:
+        (config.directory / "url").unlink(missing_ok=True)
+        os.close(lock)
+
+
+def configure_process() -> None:
+    """Log lines on stderr; credentials are taken out wherever they come from."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(Redact())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):  # which uvicorn acts on, and then raises again
+        signal.signal(number, lambda *_: None)
