@@ -106,7 +106,7 @@ class Channel:
         ping_seconds: float,
     ) -> None:
         self._socket, self._stream = sock, stream
-        self._ping_seconds, self._sent = ping_seconds, time.monotonic()
+        self._ping_seconds, self._sent = ping_seconds, float("inf")  # no ping before the modules
         self._on_audit, self._on_end = on_audit, on_end
         self._lock = threading.Lock()  # of the table
         self._sending = threading.Lock()

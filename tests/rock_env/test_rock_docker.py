@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -343,6 +344,25 @@ def test_a_rocklet_boots_from_its_channel(tag):
     assert frames[0]["rid"] == 1
     assert frames[0]["error"]["code"] == "not_found"
     assert frames[1]["error"]["code"] == "error"
+
+
+def test_a_slow_start_is_not_disturbed_by_pings():
+    """The modules come first, however long the container takes; then pings, as long as nothing else is said."""
+    ours, theirs = socket.socketpair()
+    one = channel.Channel(ours, ours, lambda event, fields: None, lambda reason, usage: None, 0.05)
+    theirs.settimeout(0.4)
+    with pytest.raises(TimeoutError):
+        theirs.recv(1)
+    sender = threading.Thread(target=one.boot)
+    sender.start()
+    received = b""
+    while len(received) < len(channel.bundle()) + 30:
+        received += theirs.recv(1 << 16)
+    sender.join()
+    assert received.startswith(channel.bundle())
+    assert b'"op":"ping"' in received[len(channel.bundle()) :]
+    one.close()
+    theirs.close()
 
 
 def test_many_threads_share_a_channel(box):
