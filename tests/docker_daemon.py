@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-_PROGRAMS = ("dockerd", "containerd", "runc", "iptables", "ip", "unshare")
+_PROGRAMS = ("dockerd", "containerd", "runc", "iptables", "ip", "unshare", "setpriv")
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _START_SECONDS = 60.0
 _END_SECONDS = 20.0
@@ -54,7 +54,18 @@ class DockerDaemon:
         command = ["dockerd", f"--data-root={place}/data", f"--exec-root={place}/exec", f"--host={self.url}"]
         command += [f"--pidfile={place}/dockerd.pid", "--storage-driver=overlay2", "--default-ulimit=nofile=4096:4096"]
         os.mkdir(place / "data", 0o711)
-        isolated = ["unshare", "--net", "--mount", "--propagation=private", "bash", "-c", _ISOLATE, f"{place}/data"]
+        mortal = ["setpriv", "--pdeathsig", "TERM"]  # also when this process is killed
+        isolated = [
+            *mortal,
+            "unshare",
+            "--net",
+            "--mount",
+            "--propagation=private",
+            "bash",
+            "-c",
+            _ISOLATE,
+            f"{place}/data",
+        ]
         with open(place / "log", "wb") as log:
             self._process = subprocess.Popen(
                 [*isolated, *command],

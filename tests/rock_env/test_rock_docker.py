@@ -528,3 +528,21 @@ def test_a_daemon_that_dies_takes_its_sandboxes_along(monkeypatch):
             backend.close()
         daemon.stop()
     assert not daemon.directory.exists()
+
+
+@pytest.mark.slow
+def test_a_daemon_of_killed_tests_ends(docker_daemon):
+    """The fixture's own: tests that are killed leave no daemon behind."""
+    command = [sys.executable, str(_REPOSITORY / "tests/docker_daemon.py"), "sh", "-c", "echo $DOCKER_HOST; sleep 60"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    folder = Path(process.stdout.readline().strip().removeprefix("unix://")).parent
+    daemon = int((folder / "dockerd.pid").read_text())
+    assert Path(f"/proc/{daemon}/comm").read_text() == "dockerd\n"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{daemon}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{daemon}").exists()
+    shutil.rmtree(folder)
