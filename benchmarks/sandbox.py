@@ -1,7 +1,9 @@
 """Measure the sandboxes of this machine: latency of every operation (local, and over REST), CPU time per sandbox, 200
 live at once. Needs the extra `rock`.
 
-python benchmarks/sandbox.py [--repeats 50] [--live 200] [--json FILE]
+python benchmarks/sandbox.py [--repeats 50] [--live 200] [--docker-repeats 20] [--json FILE]
+
+Docker's rows need a daemon at $DOCKER_HOST; `python tests/docker_daemon.py python benchmarks/sandbox.py` starts one.
 """
 
 from __future__ import annotations
@@ -32,14 +34,19 @@ LIVE_LIMITS = Limits(memory_bytes=64 << 20, pids=16, disk_bytes=1 << 20)
 class Results:
     """Milliseconds per operation, by name."""
 
-    def __init__(self) -> None:
-        self.samples: dict[str, list[float]] = {}
+    def __init__(self, prefix: str = "", samples: dict[str, list[float]] | None = None) -> None:
+        self._prefix = prefix
+        self.samples: dict[str, list[float]] = {} if samples is None else samples
+
+    def named(self, prefix: str) -> Results:
+        """The same table; names get a prefix."""
+        return Results(prefix, self.samples)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.samples.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+        self.samples.setdefault(self._prefix + name, []).append(1e3 * (time.perf_counter() - start))
 
     def rows(self) -> dict[str, dict[str, float]]:
         return {
@@ -60,10 +67,12 @@ def supervisor_cpu_seconds() -> float:
     return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_operations(results: Results, repeats: int) -> None:
+def measure_operations(results: Results, repeats: int, backend: str = "bubblewrap") -> None:
+    prefix = "" if backend == "bubblewrap" else f"{backend}: "
+    results = results.named(prefix)
     for _ in range(repeats):
         with results.time("start (10 files)"):
-            box = Sandbox.start(SandboxSpec(files=TEN_FILES))
+            box = Sandbox.start(SandboxSpec(files=TEN_FILES, backend=backend))
         session = box.session()
         with results.time("session: first command"):
             session.run("true")
@@ -101,6 +110,25 @@ def measure_concurrency(results: Results, repeats: int) -> None:
                 list(pool.map(lambda box: box.session().run("true"), boxes))
             with results.time("16 concurrent stops (all)"):
                 list(pool.map(lambda box: box.stop(), boxes))
+
+
+def measure_docker(results: Results, repeats: int) -> None:
+    """The same operations in containers; the first start, which also makes the image, by itself."""
+    report = doctor("docker")["backend"]
+    if not report["ok"]:
+        print(f"docker: not measured: {report['how']}")
+        return
+    print(f"docker: {report['how']}")
+    with results.time("docker: first start, with the image"):
+        Sandbox.start(SandboxSpec(backend="docker")).stop()
+    measure_operations(results, repeats, "docker")
+    with ThreadPoolExecutor(16) as pool:
+        with results.time("docker: 16 concurrent starts (all)"):
+            boxes = list(pool.map(lambda _: Sandbox.start(SandboxSpec(files=TEN_FILES, backend="docker")), range(16)))
+        with results.time("docker: 16 concurrent first commands (all)"):
+            list(pool.map(lambda box: box.session().run("true"), boxes))
+        with results.time("docker: 16 concurrent stops (all)"):
+            list(pool.map(lambda box: box.stop(), boxes))
 
 
 def measure_live(results: Results, count: int) -> None:
@@ -208,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--live", type=int, default=200)
+    parser.add_argument("--docker-repeats", type=int, default=20, help="0: leave Docker out")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     results = Results()
@@ -218,6 +247,8 @@ def main() -> None:
     measure_concurrency(results, max(2, arguments.repeats // 10))
     measure_rest(results, arguments.repeats)
     measure_live(results, arguments.live)
+    if arguments.docker_repeats:
+        measure_docker(results, arguments.docker_repeats)
     cpu = {
         "start + stop": cpu_per(start_and_stop, arguments.repeats),
         "start + first command + stop": cpu_per(start_run_and_stop, arguments.repeats),

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.environment = ConfigDict({"max_chunks": 10, "max_observation_chars": 200, "command_seconds": 5.0})
-    config.demonstrations = ConfigDict({"count": 2000, "flawed_fraction": 0.45, "balance_chunks": True, "workers": 8})
+    config.demonstrations = ConfigDict({"count": 2000, "flawed_fraction": 0.35, "balance_chunks": True, "workers": 8})
     config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
     config.cpt = _supervised(steps=40, rows=32, row_length=64)
     config.sft = _supervised(steps=1500, rows=12, row_length=192)
@@ -78,8 +78,19 @@ def get_config() -> ConfigDict:
             "micro_rows": 8,
             "updates_per_batch": 1,
             "skip_inert": True,
+            "lora": {"rank": 0, "alpha": 16.0, "targets": ("wq", "wk", "wv", "wo")},
             "save_every": 25,
             "optimizer": _optimizer("adamw", 1.5e-3, None, "cosine", 5),
+        }
+    )
+    config.resampling = ConfigDict(
+        {
+            "fraction": 0.0,
+            "source": "demonstration",
+            "start": "rollback",
+            "threshold": 0.5,
+            "anchors": 4,
+            "fork_level": 0.05,
         }
     )
     config.engine = ConfigDict(
@@ -96,6 +107,8 @@ def get_config() -> ConfigDict:
     )
     config.rollout = ConfigDict({"async_ratio": 0.0, "allow_unmasked": False, "env_threads": 16, "max_retries": 3})
     config.evaluation = ConfigDict({"tasks": 120, "samples": 3, "every": 0, "tasks_during": 30, "temperature": 1.0})
+    one = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+    config.mesh = ConfigDict({"train": one, "rollout": dict(one)})
     config.checkpoint = ConfigDict({"supervised_every": 100, "every": 10, "keep": 2})
     return config
 
@@ -127,5 +140,6 @@ def _optimizer(
             "epsilon": 1e-8,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
+            "rounding": "nearest",
         }
     )

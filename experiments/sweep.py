@@ -82,7 +82,7 @@ def plot(directory: Path, names: list[str]) -> None:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for name in names:
         records = read_metrics(directory / name / "metrics.jsonl")
-        success = [r["train/success"] for r in records if r["stage"] == "ipa"]
+        success = [r["train/success"] for r in records if r["stage"] == "ipa" and "train/success" in r]
         smooth = [np.mean(success[max(0, i - 8) : i + 1]) for i in range(len(success))]
         (line,) = axes.plot(range(1, len(smooth) + 1), smooth, label=name)
         points = [(r["step"], r["eval/success"]) for r in records if r["stage"] == "eval" and "eval/success" in r]

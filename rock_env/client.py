@@ -15,6 +15,7 @@ import time
 
 from rock_env import wire
 from rock_env.errors import BackendUnavailable, RequestTimeout, SandboxDead, SpecError, from_wire
+from rock_env.supervisor.retention import Retention
 
 _START_SECONDS = 30.0
 _END_SECONDS = 10.0
@@ -24,7 +25,8 @@ _BOOT = (
     "import sys, types\n"
     "package = types.ModuleType('rock_env'); package.__path__ = [sys.argv[1]]; sys.modules['rock_env'] = package\n"
     "from rock_env.supervisor.main import main\n"
-    "main(int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]) or None, sys.argv[6], int(sys.argv[7]))\n"
+    "numbers = [int(text) for text in sys.argv[7:]]\n"
+    "main(int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]) or None, sys.argv[6], numbers[0], numbers[1:])\n"
 )
 
 
@@ -79,12 +81,23 @@ def audit_directory() -> str:
     return os.path.join(state, "rock", "audit")
 
 
+def _number(name: str, default: int, unit: str, minimum: int = 0) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()) or int(text) < minimum:
+        raise SpecError(f"{name}: expected a number of {unit} >= {minimum}, got {text!r}")
+    return int(text)
+
+
 def store_bytes() -> int:
     """$ROCK_STORE_BYTES: a bound on the memory that snapshots may take; 0 (default) is half of the machine's."""
-    text = os.environ.get("ROCK_STORE_BYTES", "0")
-    if not text.isdigit():
-        raise SpecError(f"ROCK_STORE_BYTES: expected a number of bytes, got {text!r}")
-    return int(text)
+    return _number("ROCK_STORE_BYTES", 0, "bytes")
+
+
+def audit_retention() -> Retention:
+    """$ROCK_AUDIT_MAX_FILES and $ROCK_AUDIT_MAX_BYTES: what the audit directory may hold (500 logs, 1 GiB)."""
+    return Retention(
+        _number("ROCK_AUDIT_MAX_FILES", 500, "logs", 1), _number("ROCK_AUDIT_MAX_BYTES", 1 << 30, "bytes", 1)
+    )
 
 
 class Supervisor:
@@ -99,7 +112,7 @@ class Supervisor:
         self._control, theirs = socket.socketpair()
         package = os.path.dirname(os.path.abspath(__file__))
         arguments = [package, str(theirs.fileno()), bwrap, directory, str(store_bytes()), audit_directory()]
-        arguments.append(str(self.pid))
+        arguments += [str(number) for number in (self.pid, *audit_retention())]
         keep = ("LD_LIBRARY_PATH",)  # some interpreters need it to start
         env = {"PATH": os.defpath, "LANG": "C.UTF-8", **{k: os.environ[k] for k in keep if k in os.environ}}
         try:

@@ -101,6 +101,8 @@ class Sandbox:
             files_spec = _without_files(spec) if snapshot is not None else spec
         else:
             files_spec = spec
+        if snapshot is not None and snapshot.spec.backend != spec.backend:
+            raise SpecError(f"backend: the snapshot is of {snapshot.spec.backend!r}, the spec has {spec.backend!r}")
         backend = get_backend(spec.backend) if snapshot is None else snapshot._backend
         _require_enforceable(backend, spec.network)
         id = backend.create(files_spec, snapshot.id if snapshot is not None else None)

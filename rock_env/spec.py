@@ -31,7 +31,7 @@ class Limits:
       memory_bytes: of all processes together, including the files they write (the writable layer lives in memory).
       pids: processes and threads, including the sandbox's own two.
       cpus: cores' worth of CPU time, e.g. 0.5.
-      disk_bytes: of the writable layer.
+      disk_bytes: of the writable layer; in Docker, of all writable directories together, each of which has its share.
       output_bytes: of one command; the middle is dropped beyond it and the result is marked truncated.
       command_seconds: default timeout of a command.
       lifetime_seconds: of the sandbox, after which it is destroyed.
@@ -98,12 +98,14 @@ class SandboxSpec:
 
     Attributes:
       image: a root file system (directory), used read-only below a writable layer; None: a minimal tree over the
-        host's /usr.
+        host's /usr. For the docker backend also the name of an image that the daemon has, and None is an image made of
+        this machine's programs.
       files: written before the start, owned by the sandbox user. Relative keys are below `workdir`; a key that ends in
         "/" makes a directory.
       workdir: absolute; created when missing; where commands start.
       env: added to the minimal environment. Nothing of the host's environment is passed on.
       network: what it may reach; by default nothing: a network namespace of its own with nothing but loopback.
+      backend: "bubblewrap" or "docker" (see rock_env.backend.register_backend).
       readonly_binds: host path -> path inside, e.g. an interpreter outside /usr.
     """
 

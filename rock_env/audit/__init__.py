@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rock_env.supervisor.journal import GENESIS, HEAD_SUFFIX, digest, head_text
+from rock_env.supervisor.journal import GENESIS, digest, head_text
+from rock_env.supervisor.retention import HEAD_SUFFIX
 
 
 @dataclass(frozen=True)

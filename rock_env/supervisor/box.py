@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 from rock_env.supervisor import cgroups, files, linux, process
 from rock_env.supervisor.cgroups import Group
+from rock_env.supervisor.commands import PATH, Runner
 from rock_env.supervisor.faults import Fault
-from rock_env.supervisor.journal import AuditLog, Notes
+from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Event, Loop
-from rock_env.supervisor.session import Session
 from rock_env.supervisor.store import AGENT_ID
-from rock_env.supervisor.watch import Watcher
 
 if TYPE_CHECKING:
     from rock_env.supervisor.machine import Machine
@@ -27,61 +26,33 @@ _READY = b"\x06"
 _START_SECONDS = 20.0
 _KILL_SECONDS = 5.0
 _SHM_BYTES = 16 << 20
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSWD_ENTRY = b"agent:x:1000:1000:agent:/home/agent:/bin/bash\n"
 _GROUP_ENTRY = b"agent:x:1000:\n"
-_ENVIRONMENT = {
-    "PATH": _PATH,
-    "HOME": "/home/agent",
-    "USER": "agent",
-    "LOGNAME": "agent",
-    "SHELL": "/bin/bash",
-    "LANG": "C.UTF-8",
-    "TZ": "UTC",
-    "TERM": "dumb",
-}
 
 
-class Box:
+class Box(Runner):
     def __init__(
         self, name: str, spec: dict, machine: Machine, loop: Loop, lower: list[str], uid: int, log: AuditLog
     ) -> None:
-        self.name = name
-        self.spec = spec
-        self.limits = spec["limits"]
-        self.workdir: str = spec["workdir"]
-        self.env = {**_ENVIRONMENT, **spec["env"]}
-        self.loop = loop
+        super().__init__(name, spec, loop, log, uid)
         self.lower = lower
-        self.uid = uid
-        self.sessions: dict[str, Session] = {}
-        self.death = ""
-        self.died = Event(loop)
         self.on_death: Callable[[Box], None] = lambda box: None
-        self.notes = Notes(log, loop, name)
-        self.watcher = Watcher(loop, self.notes)
-        self._log = log
         self._machine = machine
-        self._group: Group | None = None
-        self._hits: dict[str, int] = {}
         self._confinement: process.Confinement | None = None
         self.policy: list[list] = []
-        self.proxy_env: dict[str, str] = {}
-        self._fds: dict[str, int] = {}
         self._monitor = 0
         self._init = 0
         self._gone = Event(loop)
-        self._saved_states: dict[str, tuple[str, str]] = {}
         self._lifetime = None
 
     # -- start
     async def start(self, entries: list[dict], blob: bytes, states: dict[str, tuple[str, str]]) -> None:
         """Mount, place files, and run bubblewrap until its first process reports. Cleans up after itself on failure."""
         machine, limits = self._machine, self.limits
-        self._saved_states = states
+        self.restore_sessions(states)
         try:
             if machine.hierarchies.base:
-                self._group = Group(machine.hierarchies, machine.name, self.name)
+                self._group = Group.make(machine.hierarchies, machine.name, self.name)
                 self._group.apply(limits["memory_bytes"], limits["pids"], limits["cpus"])
             lower = [*self.lower, machine.store.image(self.spec["image"])]
             setup_fd, upper_fd = machine.store.mount_box(self.name, lower, limits["disk_bytes"])
@@ -218,7 +189,7 @@ class Box:
                 os.setresgid(self.uid, self.uid, self.uid)
                 os.setresuid(self.uid, self.uid, self.uid)
             linux.die_with_parent()
-            os.execve(arguments[0], ["bwrap", *arguments[1:]], {"PATH": _PATH})
+            os.execve(arguments[0], ["bwrap", *arguments[1:]], {"PATH": PATH})
         except BaseException as error:
             os.write(2, f"cannot run bubblewrap: {error}\n".encode(errors="replace"))
         finally:
@@ -259,66 +230,6 @@ class Box:
             raise Fault("unavailable", f"cannot start a process: {error}") from error
         return pid
 
-    async def execute(self, argv: list[str], env: dict[str, str], cwd: str, seconds: float, output_bytes: int) -> dict:
-        self.require_alive()
-        started, since = time.monotonic(), process.ticks_now()
-        oom_before = self.oom_kills()
-        output_read, output_write = process.pipe(True)
-        status: list[int] = []
-        finished = Event(self.loop)
-        try:
-            try:
-                descriptors = {0: self.null_fd, 1: output_write, 2: output_write}
-                pid = self.spawn_inside(argv, {**self.env, **env}, cwd, descriptors)
-            finally:
-                os.close(output_write)
-
-            def on_exit(value: int) -> None:
-                status.append(value)
-                finished.set()
-
-            self.loop.on_exit(pid, on_exit)
-            output = process.Output(output_bytes)
-            drain = process.Drain(self.loop, output_read, output)
-            in_time = await finished.wait(started + seconds)
-            if not in_time:
-                while not status and self.alive:
-                    process.kill_command(pid, since, self.keep(), self.pids)
-                    await finished.wait(time.monotonic() + 0.02)
-                process.kill_command(pid, since, self.keep(), self.pids)
-            drain.read_available()
-            drain.close()
-        finally:
-            os.close(output_read)
-        code, number = process.exit_of(status[0]) if status else (137, signal.SIGKILL)
-        if number == signal.SIGKILL and in_time:
-            await self.settle()
-        number = number or process.signal_of(code)
-        return self.result(code, number if in_time else None, not in_time, output, oom_before, started)
-
-    def result(
-        self, code: int, number: int | None, timed_out: bool, output: process.Output, oom_before: int, started: float
-    ) -> dict:
-        """What the client is told of a command that has ended; limits that it met are recorded."""
-        self.require_alive()
-        truncated = output.dropped > 0
-        self._note_limits(timed_out, truncated)
-        return {
-            "exit_code": 124 if timed_out else code,
-            "signal": number,
-            "timed_out": timed_out,
-            "output": output.text(),
-            "truncated": truncated,
-            "oom_killed": self.oom_kills() > oom_before,
-            "seconds": time.monotonic() - started,
-        }
-
-    def session(self, name: str) -> Session:
-        session = self.sessions.get(name)
-        if session is None:
-            session = self.sessions[name] = Session(self, name, self._saved_states.pop(name, None))
-        return session
-
     @property
     def null_fd(self) -> int:
         return self._machine.null_fd
@@ -334,12 +245,14 @@ class Box:
         self.proxy_env = dict.fromkeys(names, f"http://127.0.0.1:{port}") if port else {}
         self.proxy_env |= {"no_proxy": "localhost", "NO_PROXY": "localhost"} if port else {}
 
-    def keep(self) -> set[int]:
-        """Processes that a command's timeout must spare."""
-        return {self._init, self._monitor, *(s.pid for s in self.sessions.values())}
+    def guardians(self) -> set[int]:
+        return {self._init, self._monitor}
 
     def pids(self) -> list[int]:
         return self._group.pids() if self._group else process.all_pids()
+
+    def disks(self) -> list[os.statvfs_result]:
+        return [os.statvfs(self._fds["upper"])]
 
     async def kill_all(self) -> None:
         """SIGKILL everything inside but the first process; returns when it is gone. Frozen first: no fork escapes."""
@@ -364,20 +277,9 @@ class Box:
         self.require_alive()
 
     # -- files
-    @property
-    def root_fd(self) -> int:
-        self.require_alive()
-        return self._fds["root"]
-
     async def snapshot(self) -> tuple[str, dict[str, tuple[str, str]]]:
         """Copy the writable layer while nothing runs. Returns (layer, states of the sessions)."""
-        self.require_alive()
-        states = dict(self._saved_states)
-        for name, session in self.sessions.items():
-            state = await session.save()
-            if state is not None:
-                states[name] = state
-        self.require_alive()
+        states = await self.save_sessions()
         frozen = self._group is not None and self._group.freeze(True)
         try:
             return self._machine.store.copy_layer(self._fds["upper"]), states
@@ -385,49 +287,11 @@ class Box:
             if frozen and self._group is not None:
                 self._group.freeze(False)
 
-    # -- accounting
-    def _note_limits(self, timed_out: bool, truncated: bool) -> None:
-        """Record the limits met since the last call. A disk counts when it is full now."""
-        hits = {name for name, met in (("command_seconds", timed_out), ("output_bytes", truncated)) if met}
-        if self._group:
-            counts = self._group.hits()
-            hits |= {name for name, count in counts.items() if count > self._hits.get(name, 0)}
-            self._hits = counts
-        if self.limits["disk_bytes"] is not None:
-            disk = os.fstatvfs(self._fds["upper"])
-            hits |= {"disk_bytes"} if disk.f_bfree == 0 or disk.f_ffree == 0 else set()
-        for name in sorted(hits):
-            self.notes.note("limit_hit", limit=name)
-
-    def oom_kills(self) -> int:
-        return self._group.oom_kills() if self._group and self.limits["memory_bytes"] is not None else 0
-
-    def stats(self) -> dict:
-        self.require_alive()
-        usage = dict.fromkeys(("cpu_seconds", "memory_bytes", "memory_peak_bytes", "pids"))
-        if self._group:
-            usage.update(self._group.usage())
-        disk = os.statvfs(self._fds["upper"])
-        usage["disk_bytes"] = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-        return usage
-
     # -- end
-    @property
-    def alive(self) -> bool:
-        return not self.death
-
-    def require_alive(self) -> None:
-        if self.death:
-            raise Fault("dead", f"sandbox {self.name} has ended: {self.death}")
-
     def _has_exited(self) -> bool:
         poll = select.poll()
         poll.register(self._fds["init"], select.POLLIN)
         return bool(poll.poll(0))
-
-    async def settle(self) -> None:
-        """After an unexplained SIGKILL: give the end of the whole sandbox a moment to show."""
-        await self.died.wait(time.monotonic() + 0.03)
 
     def _on_monitor_exit(self, status: int) -> None:
         self._monitor = 0

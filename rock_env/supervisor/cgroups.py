@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 
 from rock_env.supervisor import linux
 
@@ -52,6 +53,34 @@ def _keyed(text: str, key: str) -> int:
     return 0
 
 
+def _mounted() -> Iterator[tuple[str, str, str, str]]:
+    """Mounted hierarchies: (controller of version 1, or "" for version 2; mount point; its root; this process's path).
+
+    A mount of several controllers comes once for each.
+    """
+    membership = {}
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        for name in names.split(","):
+            membership[name] = path
+    for line in _read("/proc/self/mountinfo").splitlines():
+        left, _, right = line.partition(" - ")
+        fstype, _, options = right.split(" ", 2)
+        root, point = (_unescape(f) for f in left.split(" ")[3:5])
+        if fstype == "cgroup":
+            for name in options.split(" ")[-1].split(","):
+                if name in _V1_CONTROLLERS and name in membership:
+                    yield name, point, root, membership[name]
+        elif fstype == "cgroup2" and "" in membership:
+            yield "", point, root, membership[""]
+
+
+def _directory(point: str, root: str, path: str) -> str:
+    """Where the group `path` lies below a mount."""
+    relative = os.path.relpath(path, root)
+    return point if relative.startswith("..") else os.path.normpath(os.path.join(point, relative))
+
+
 class Hierarchies:
     """Where groups may be made: {controller: directory} (version 2 controllers share one directory).
 
@@ -66,29 +95,18 @@ class Hierarchies:
     @classmethod
     def detect(cls) -> Hierarchies:
         self = cls()
-        membership = {}
-        for line in _read("/proc/self/cgroup").splitlines():
-            _, names, path = line.split(":", 2)
-            for name in names.split(","):
-                membership[name] = path
-        for line in _read("/proc/self/mountinfo").splitlines():
-            left, _, right = line.partition(" - ")
-            fstype, _, options = right.split(" ", 2)
-            root, point = (_unescape(f) for f in left.split(" ")[3:5])
-            if fstype == "cgroup":
-                for name in options.split(" ")[-1].split(","):
-                    if name in _V1_CONTROLLERS and name in membership:
-                        self._offer(name, point, root, membership[name], 1)
-            elif fstype == "cgroup2" and "" in membership:
-                self._offer_v2(point, root, membership[""])
+        for name, point, root, path in _mounted():
+            if name:
+                self._offer(name, point, root, path, 1)
+            else:
+                self._offer_v2(point, root, path)
         for name in _V2_CONTROLLERS:
             if name not in self.base:
                 self.missing.setdefault(name, f"no writable cgroup with the {name} controller")
         return self
 
     def _offer(self, name: str, point: str, root: str, path: str, version: int) -> None:
-        relative = os.path.relpath(path, root)
-        directory = os.path.normpath(os.path.join(point, relative)) if not relative.startswith("..") else point
+        directory = _directory(point, root, path)
         if os.access(directory, os.W_OK):
             self.base.setdefault(name, directory)
             self.version = self.version or version
@@ -164,11 +182,17 @@ def remove_tree(directory: str, *, kill: bool, seconds: float = 2.0) -> bool:
 class Group:
     """The control group of one sandbox: one directory per controller (version 1) or one for all (version 2)."""
 
-    def __init__(self, hierarchies: Hierarchies, supervisor: str, name: str) -> None:
-        self.version = hierarchies.version
-        self._paths = {c: os.path.join(base, supervisor, name) for c, base in hierarchies.base.items()}
-        self.directories = list(dict.fromkeys(self._paths.values()))
+    def __init__(self, version: int, paths: dict[str, str]) -> None:
+        self.version = version
+        self._paths = paths
+        self.directories = list(dict.fromkeys(paths.values()))
         self._counter_fds: dict[str, int] = {}
+
+    @classmethod
+    def make(cls, hierarchies: Hierarchies, supervisor: str, name: str) -> Group:
+        """A new group: all of its directories, or none."""
+        paths = {c: os.path.join(base, supervisor, name) for c, base in hierarchies.base.items()}
+        self = cls(hierarchies.version, paths)
         made = []
         try:
             for directory in self.directories:
@@ -178,6 +202,29 @@ class Group:
             for directory in made:
                 os.rmdir(directory)
             raise
+        return self
+
+    @classmethod
+    def own(cls) -> Group:
+        """The group that this process is in, to be read only: a container's, seen from inside."""
+        paths: dict[str, str] = {}
+        version = 1
+        for name, point, root, path in _mounted():
+            directory = _directory(point, root, path)
+            if not os.path.isdir(directory):  # named as the host sees it
+                directory = point
+            if name:
+                if version == 1:
+                    paths.setdefault(name, directory)
+                continue
+            try:
+                available = set(_read(f"{directory}/cgroup.controllers").split()) & set(_V2_CONTROLLERS)
+            except OSError:
+                continue
+            if available and not paths:
+                version = 2
+                paths = dict.fromkeys(available, directory)
+        return cls(version, paths)
 
     def apply(self, memory_bytes: int | None, pids: int | None, cpus: float | None) -> None:
         """Set limits; every one given must have its controller (checked at the edge)."""

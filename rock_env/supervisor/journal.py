@@ -13,14 +13,15 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from rock_env.supervisor.retention import HEAD_SUFFIX, Retention, lock, prune
 
 if TYPE_CHECKING:
     from rock_env.supervisor.loop import Loop
 
 GENESIS = "0" * 64  # what the first record carries
-HEAD_SUFFIX = ".head"
-_SYNC_SECONDS = 1.0
+SYNC_SECONDS = 1.0
 _FLUSH_SECONDS = 10.0
 _DISTINCT_NOTES = 500  # per sandbox; beyond them, only the number of others is recorded
 
@@ -35,10 +36,19 @@ def head_text(records: int, head: str) -> bytes:
     return f"{records:020d} {head}\n".encode()
 
 
-class AuditLog:
-    """Appends records. One that cannot be written is counted, and `fault` says why: nothing may start or connect."""
+class Recorder(Protocol):
+    """Takes records, to write them or to send them to whoever writes."""
 
-    def __init__(self, loop: Loop, directory: str, keeper: int) -> None:
+    def record(self, event: str, **fields: object) -> None: ...
+
+
+class AuditLog:
+    """Appends records. One that cannot be written is counted, and `fault` says why: nothing may start or connect.
+
+    A new log removes old ones beyond `retention`, and records which. `loop` is None where a subclass synchronises.
+    """
+
+    def __init__(self, loop: Loop | None, directory: str, keeper: int, retention: Retention) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         self._loop = loop
         self._fd, self.path = _create(directory, f"{stamp}-{keeper}")
@@ -48,6 +58,13 @@ class AuditLog:
         self._sync_pending = False
         self.fault = ""
         self.on_fault: Callable[[], None] = lambda: None
+        self._removed = prune(directory, retention)
+
+    def open(self, **fields: object) -> None:
+        """Write the first record, and one for each log that had to go."""
+        self.record("log_opened", host=os.uname().nodename, **fields)
+        for removed in self._removed:
+            self.record("log_removed", **removed)
 
     def record(self, event: str, **fields: object) -> None:
         """Append one record: its number, the time in seconds since 1970, the event, its fields, the previous hash."""
@@ -69,7 +86,11 @@ class AuditLog:
         os.pwrite(self._head_fd, head_text(self._records, self._head), 0)
         if not self._sync_pending:
             self._sync_pending = True
-            self._loop.call_at(time.monotonic() + _SYNC_SECONDS, self._sync)
+            self._schedule(SYNC_SECONDS)
+
+    def _schedule(self, seconds: float) -> None:
+        """See to it that the file is flushed to the disk in `seconds`."""
+        self._loop.call_at(time.monotonic() + seconds, self._sync)
 
     def _sync(self) -> None:
         pid = os.fork()
@@ -98,9 +119,12 @@ def _create(directory: str, stem: str) -> tuple[int, str]:
     for number in range(1000):
         path = os.path.join(directory, f"audit-{stem}{f'-{number}' if number else ''}.jsonl")
         try:
-            return os.open(path, flags, 0o600), path
+            fd = os.open(path, flags, 0o600)
         except FileExistsError:
             continue
+        if lock(fd) and os.fstat(fd).st_nlink:
+            return fd, path
+        os.close(fd)  # another writer has just taken it for an old one and removed it
     raise FileExistsError(f"{directory}: a thousand audit logs of this second")
 
 
@@ -110,7 +134,7 @@ class Notes:
     Bounds the log: a program that tries the same thing a million times, or a million things, writes a few lines.
     """
 
-    def __init__(self, log: AuditLog, loop: Loop, sandbox: str) -> None:
+    def __init__(self, log: Recorder, loop: Loop, sandbox: str) -> None:
         self._log = log
         self._loop = loop
         self._sandbox = sandbox

@@ -69,6 +69,20 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def offer_to_oom_killer() -> None:
+    """Make this process, and what it starts, the first choice when memory is short (proc(5), oom_score_adj)."""
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"1000")
+    finally:
+        os.close(fd)
+
+
+def set_dumpable(value: bool) -> None:
+    """False: other processes of the same user can neither trace this one nor look into its /proc directory."""
+    _prctl(_PR_SET_DUMPABLE, int(value))
+
+
 def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 

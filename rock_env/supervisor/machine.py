@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 
-from rock_env.supervisor import linux, seccomp
+from rock_env.supervisor import linux
 from rock_env.supervisor.cgroups import Hierarchies
 from rock_env.supervisor.faults import Fault
-from rock_env.supervisor.process import open_files
+from rock_env.supervisor.guard import Guard
 from rock_env.supervisor.store import Store
 
 _CONTROLLER = {"memory_bytes": "memory", "pids": "pids", "cpus": "cpu"}
 
 
-class Machine:
+class Machine(Guard):
     def __init__(self, bwrap: str, name: str, privileged: bool, hierarchies: Hierarchies, store: Store) -> None:
-        if not seccomp.supported(linux.MACHINE):
-            raise Fault("unavailable", f"no system call filter for {linux.MACHINE}; known: x86_64, aarch64")
+        super().__init__()
         self.name = name
         self.privileged = privileged
         self.hierarchies = hierarchies
         self.store = store
-        self.seccomp = self._plain_seccomp = seccomp.build(linux.MACHINE)
-        self.listeners: socket.socket | None = None  # where new processes' listeners arrive
-        self.handover: socket.socket | None = None
-        if linux.can_watch():
-            self.seccomp = seccomp.build(linux.MACHINE, handover=open_files()[1])
-            self.listeners, self.handover = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.listeners.setblocking(False)
-            os.set_inheritable(self.handover.fileno(), False)
-        self.landlock = linux.landlock_version()
-        self.null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self.pid_namespace_fd = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self.bwrap = self._reachable(bwrap)
 
@@ -55,7 +42,7 @@ class Machine:
     def seccomp_file(self) -> int:
         """A descriptor from which bubblewrap reads the filter of the first process, which nobody watches."""
         fd = os.memfd_create("seccomp")
-        os.write(fd, self._plain_seccomp)
+        os.write(fd, self.plain_seccomp)
         os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
@@ -69,24 +56,6 @@ class Machine:
                     f"limits.{limit}={limits[limit]} cannot be enforced here: {reason}. "
                     f"Run as root or in a delegated cgroup, or give it up with Limits({limit}=None)",
                 )
-
-    def receive_listener(self) -> tuple[str, int] | None:
-        """(sandbox, listener) of a process that has just been confined; None when none is waiting."""
-        with contextlib.suppress(BlockingIOError):
-            name, fds, _, _ = socket.recv_fds(self.listeners, 64, 1, socket.MSG_CMSG_CLOEXEC)
-            if fds:
-                return name.decode(), fds[0]
-        return None
-
-    def landlock_fd(self, root_fd: int) -> int | None:
-        """A Landlock ruleset for the sandbox with this root; None where the kernel has no Landlock."""
-        if not self.landlock:
-            return None
-        devices_fd = linux.open_in_root(root_fd, "/dev", os.O_PATH | os.O_DIRECTORY)
-        try:
-            return linux.landlock_ruleset(self.landlock, root_fd, devices_fd)
-        finally:
-            os.close(devices_fd)
 
     def report(self, audit_path: str) -> dict:
         """For doctor(): what is enforced, and how."""

@@ -21,12 +21,19 @@ from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Loop
 from rock_env.supervisor.machine import Machine
+from rock_env.supervisor.retention import Retention
 from rock_env.supervisor.server import Server
 from rock_env.supervisor.store import Store
 
 
 def main(
-    control_fd: int, bwrap: str, state_directory: str, store_bytes: int | None, audit_directory: str, client_pid: int
+    control_fd: int,
+    bwrap: str,
+    state_directory: str,
+    store_bytes: int | None,
+    audit_directory: str,
+    client_pid: int,
+    retention: tuple[int, int],
 ) -> None:
     """Entry point of the keeper."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -53,10 +60,10 @@ def main(
         privileged = isolate(privileged)
         if not privileged:
             map_ids(*outside)
-        audit = (audit_directory, os.getpid(), client_pid)
+        audit = (audit_directory, os.getpid(), Retention(*retention))
         pid = os.fork()
         if pid == 0:
-            serve(control, client, bwrap, directory, store_bytes, audit, name, privileged, hierarchies)
+            serve(control, client, bwrap, directory, store_bytes, audit, client_pid, name, privileged, hierarchies)
         control.detach()
         os.close(control_fd)
         wait_for(pid)
@@ -72,7 +79,8 @@ def serve(
     bwrap: str,
     directory: str,
     store_bytes: int | None,
-    audit: tuple[str, int, int],
+    audit: tuple[str, int, Retention],
+    client_pid: int,
     name: str,
     privileged: bool,
     hierarchies: cgroups.Hierarchies,
@@ -90,9 +98,8 @@ def serve(
         store = Store(directory, privileged, store_bytes)
         machine = Machine(bwrap, name, privileged, hierarchies, store)
         loop = Loop()
-        audit_directory, keeper, client_pid = audit
-        log = AuditLog(loop, audit_directory, keeper)
-        log.record("log_opened", supervisor=name, client_pid=client_pid, host=os.uname().nodename)
+        log = AuditLog(loop, *audit)
+        log.open(supervisor=name, client_pid=client_pid)
         server = Server(loop, machine, control, log)
         loop.add_reader(client, server.finish)
         control.sendall(wire.encode({"ready": machine.report(log.path)}))

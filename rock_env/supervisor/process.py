@@ -133,7 +133,7 @@ class Confinement(NamedTuple):
 
 
 def enter_and_exec(
-    pidfd: int,
+    pidfd: int | None,
     confinement: Confinement,
     cwd: str,
     argv: list[str],
@@ -141,11 +141,17 @@ def enter_and_exec(
     descriptors: dict[int, int],
     agent: int,
 ) -> None:
-    """In a fresh child, already in the pid namespace: join everything else, drop all privileges, exec. No return."""
+    """In a fresh child, already in the pid namespace: join everything else, drop all privileges, exec. No return.
+
+    `pidfd` is a process of the sandbox; None: the child is inside already, and has no capabilities (see Cell).
+    """
     try:
         os.setsid()
-        cgroups.join(confinement.directories)
-        linux.setns(pidfd, _ALL_NAMESPACES)
+        if pidfd is not None:
+            # The agent's processes go first at the memory limit; the sandbox's own (bubblewrap, its first) live on.
+            linux.offer_to_oom_killer()
+            cgroups.join(confinement.directories)
+            linux.setns(pidfd, _ALL_NAMESPACES)
         soft, hard = open_files()
         handover, landlock_fd = confinement.handover, confinement.landlock_fd
         if landlock_fd is not None:  # out of the way of what the next lines overwrite
@@ -158,7 +164,8 @@ def enter_and_exec(
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         reset_signals()
-        linux.empty_bounding_set(_LAST_CAPABILITY)
+        if pidfd is not None:
+            linux.empty_bounding_set(_LAST_CAPABILITY)
         listener = linux.drop_privileges(confinement.seccomp, handover is not None, landlock_fd)
         if handover is not None:
             socket.send_fds(handover, [confinement.name.encode()], [listener])

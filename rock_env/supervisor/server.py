@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
-import traceback
-from collections.abc import Awaitable, Callable
 
 from rock_env import wire
-from rock_env.supervisor import files
 from rock_env.supervisor.box import Box
 from rock_env.supervisor.egress import Egress
 from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Event, Loop
 from rock_env.supervisor.machine import Machine
+from rock_env.supervisor.operations import Operations, Reply
 
 _FIRST_UID = 1_500_000_000  # far from the ids of people, services and sub-uid ranges
 _REMEMBERED_DEATHS = 10_000
-Reply = tuple[dict, bytes]
 
 
 class Snapshot:
@@ -29,7 +26,7 @@ class Snapshot:
         self.states = states
 
 
-class Server:
+class Server(Operations):
     def __init__(self, loop: Loop, machine: Machine, control: socket.socket, log: AuditLog) -> None:
         self.loop = loop
         self.log = log
@@ -95,7 +92,7 @@ class Server:
                         return
                     reader.feed(data)
                     frame = reader.next()
-                await self._send(connection, wire.encode(*await self._answer(*frame)))
+                await self._send(connection, wire.encode(*await self.answer(*frame)))
         except (OSError, wire.ConnectionLost):
             return
         finally:
@@ -113,17 +110,7 @@ class Server:
                 await writable.wait()
                 self.loop.remove_writer(connection.fileno())
 
-    async def _answer(self, request: dict, blob: bytes) -> Reply:
-        try:
-            handler: Callable[..., Awaitable[Reply]] = getattr(self, f"do_{request.pop('op')}")
-            return await handler(blob, **request)
-        except Fault as fault:
-            return {"error": fault.to_wire()}, b""
-        except Exception as error:  # a defect of ours must reach the caller, not end every sandbox
-            traceback.print_exc()
-            return {"error": Fault("error", f"supervisor: {type(error).__name__}: {error}").to_wire()}, b""
-
-    def _box(self, name: str) -> Box:
+    def box(self, name: str) -> Box:
         box = self.boxes.get(name)
         if box is None:
             if name in self.deaths:
@@ -186,7 +173,7 @@ class Server:
         await self.egress.set_policy(box, policy)
 
     async def do_network(self, blob: bytes, *, id: str, policy: list[list]) -> Reply:
-        await self._set_policy(self._box(id), policy)
+        await self._set_policy(self.box(id), policy)
         return {}, b""
 
     async def do_stop(self, blob: bytes, *, id: str) -> Reply:
@@ -195,45 +182,9 @@ class Server:
             await box.stop("it was stopped")
         return {}, b""
 
-    async def do_execute(
-        self, blob: bytes, *, id: str, argv: list[str], env: dict, cwd: str | None, seconds: float, output_bytes: int
-    ) -> Reply:
-        box = self._box(id)
-        return await box.execute(argv, env, self._inside(box, cwd or ""), seconds, output_bytes), b""
-
-    async def do_run(self, blob: bytes, *, id: str, session: str, seconds: float, output_bytes: int) -> Reply:
-        command = blob.decode("utf-8", "surrogateescape")
-        return await self._box(id).session(session).run(command, seconds, output_bytes), b""
-
-    async def do_kill_all(self, blob: bytes, *, id: str) -> Reply:
-        await self._box(id).kill_all()
-        return {}, b""
-
     async def do_alive(self, blob: bytes, *, id: str) -> Reply:
         box = self.boxes.get(id)
         return {"alive": box is not None and box.alive}, b""
-
-    async def do_stats(self, blob: bytes, *, id: str) -> Reply:
-        return self._box(id).stats(), b""
-
-    # -- files
-    async def do_put(self, blob: bytes, *, id: str, entries: list[dict]) -> Reply:
-        box = self._box(id)
-        files.put(box.root_fd, entries, blob, box.uid, box.workdir)
-        return {}, b""
-
-    async def do_read(self, blob: bytes, *, id: str, path: str, max_bytes: int) -> Reply:
-        box = self._box(id)
-        return {}, files.read_file(box.root_fd, self._inside(box, path), max_bytes)
-
-    async def do_list(self, blob: bytes, *, id: str, path: str, recursive: bool) -> Reply:
-        box = self._box(id)
-        listing = files.walk if recursive else files.list_directory
-        return {"entries": listing(box.root_fd, self._inside(box, path))}, b""
-
-    @staticmethod
-    def _inside(box: Box, path: str) -> str:
-        return path if path.startswith("/") else f"{box.workdir}/{path}"
 
     # -- snapshots
     def _snapshot(self, name: str) -> Snapshot:
@@ -252,7 +203,7 @@ class Server:
                 self.machine.store.drop_layer(layer)
 
     async def do_snapshot(self, blob: bytes, *, id: str) -> Reply:
-        box = self._box(id)
+        box = self.box(id)
         layer, states = await box.snapshot()
         self._names += 1
         snapshot = Snapshot(box, layer, states)

@@ -23,7 +23,7 @@ from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.loop import Event, Lock
 
 if TYPE_CHECKING:
-    from rock_env.supervisor.box import Box
+    from rock_env.supervisor.commands import Runner
 
 _COMMANDS, _REPORTS = 200, 201
 _STATUS, _STATE = b"S", b"D"
@@ -60,7 +60,7 @@ _OWN_LINE = re.compile(rf"^declare -\S+ (?:{_OWN})(?:=.*)?\n", re.MULTILINE)
 
 
 class Session:
-    def __init__(self, box: Box, name: str, state: tuple[str, str] | None = None) -> None:
+    def __init__(self, box: Runner, name: str, state: tuple[str, str] | None = None) -> None:
         self.name = name
         self.state = state  # (directory, shell text) to restore into the next shell
         self._box = box
@@ -170,8 +170,8 @@ class Session:
             self._lock.release()
 
     async def _start_shell(self) -> None:
-        state, self.state = self.state, None
         self._spawn()
+        state, self.state = self.state, None
         if state is not None:
             directory, text = state
             quoted = "'" + directory.replace("'", "'\\''") + "'"

@@ -131,24 +131,34 @@ class Store:
             os.rmdir(f"box/{name}")
 
 
+def base_tree() -> tuple[dict[str, int], dict[str, str], dict[str, bytes]]:
+    """The tree around the programs: ({directory: mode}, {link: target}, {file: content}), by paths relative to it."""
+    links = {name: target for name, target in _LINKS.items() if os.path.isdir(f"/{target}")}
+    links["etc/localtime"] = "/usr/share/zoneinfo/UTC"
+    links["etc/os-release"] = "../usr/lib/os-release"
+    links["etc/mtab"] = "/proc/mounts"
+    for folder, _, names in os.walk("/etc/alternatives"):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                links[path.lstrip("/")] = os.readlink(path)
+    return dict(_DIRECTORIES), links, {f"etc/{name}": text.encode() for name, text in _ETC.items()}
+
+
 def _build_base(base: str) -> None:
     os.mkdir(base, 0o755)
-    for name, mode in _DIRECTORIES.items():
+    directories, links, texts = base_tree()
+    for name, mode in directories.items():
         os.mkdir(f"{base}/{name}")
         os.chmod(f"{base}/{name}", mode)
-    for name, target in _LINKS.items():
-        if os.path.isdir(f"/{target}"):
-            os.symlink(target, f"{base}/{name}")
-    for name, text in _ETC.items():
-        with open(f"{base}/etc/{name}", "w") as file:
-            file.write(text)
-    os.symlink("/usr/share/zoneinfo/UTC", f"{base}/etc/localtime")
-    os.symlink("../usr/lib/os-release", f"{base}/etc/os-release")
-    os.symlink("/proc/mounts", f"{base}/etc/mtab")
+    for name, data in texts.items():
+        with open(f"{base}/{name}", "wb") as file:
+            file.write(data)
+    for name, target in links.items():
+        os.makedirs(f"{base}/{os.path.dirname(name)}", exist_ok=True)
+        os.symlink(target, f"{base}/{name}")
     with contextlib.suppress(OSError):  # absent where the C library is not glibc
         shutil.copyfile("/etc/ld.so.cache", f"{base}/etc/ld.so.cache")
-    if os.path.isdir("/etc/alternatives"):
-        shutil.copytree("/etc/alternatives", f"{base}/etc/alternatives", symlinks=True)
     fd = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         files.reset_times(fd)

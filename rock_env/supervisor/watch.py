@@ -130,13 +130,17 @@ class Watcher:
         self._notes.note("syscall_denied", syscall=name, **detail, _once=_program(thread))
 
     def _note_addresses(self, name: str, arguments: list[int], thread: int) -> None:
-        with contextlib.suppress(OSError), _Memory(thread) as read:
-            for address in _addresses(name, arguments, read):
-                host, port = address
-                scope = "loopback" if is_loopback(host) else "outside"
-                self._notes.note(
-                    "network_call", syscall=name, host=host, port=port, scope=scope, _once=_program(thread)
-                )
+        try:
+            with _Memory(thread) as read:
+                found = _addresses(name, arguments, read)
+        except PermissionError:  # a program that hides its memory from us, where we have no privileges
+            self._notes.note("network_call", syscall=name, scope="hidden", _once=_program(thread))
+            return
+        except OSError:  # what it points to is no memory, or it was killed meanwhile
+            return
+        for host, port in found:
+            scope = "loopback" if is_loopback(host) else "outside"
+            self._notes.note("network_call", syscall=name, host=host, port=port, scope=scope, _once=_program(thread))
 
 
 def _addresses(name: str, arguments: list[int], read: Callable[[int, int], bytes]) -> set[Address]:

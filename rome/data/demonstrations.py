@@ -14,7 +14,7 @@ import numpy as np
 
 from rome.data.sampler import TaskSpec
 from rome.envs import EnvFailure, HarborTask, TerminalEnv, draft_task, expert_actions
-from rome.models import ChatRenderer, Message
+from rome.models import Message, Renderer
 from rome.trajectory import Chunk, Observation, Status, Task, Trajectory
 
 
@@ -101,12 +101,12 @@ def collect_episodes(
     return episodes
 
 
-def tokenize_episodes(episodes: Sequence[Episode], renderer: ChatRenderer) -> list[Trajectory]:
+def tokenize_episodes(episodes: Sequence[Episode], renderer: Renderer) -> list[Trajectory]:
     """The episodes as trajectories (behavior_logp 0, version −1: nobody sampled these tokens)."""
     return [_tokenize(f"demo-{number}", episode, renderer) for number, episode in enumerate(episodes)]
 
 
-def relabel(demonstration: Trajectory, mapping: Callable[[str], str], renderer: ChatRenderer) -> Trajectory:
+def relabel(demonstration: Trajectory, mapping: Callable[[str], str], renderer: Renderer) -> Trajectory:
     """A demonstration of `tokenize_episodes` with every text mapped (see `relabelling`) and tokenized again."""
     t = demonstration
     outputs = [mapping(observation.text) for observation in t.observations]
@@ -122,7 +122,7 @@ def relabel(demonstration: Trajectory, mapping: Callable[[str], str], renderer: 
     return _tokenize(t.id, episode, renderer)
 
 
-def _tokenize(name: str, episode: Episode, renderer: ChatRenderer) -> Trajectory:
+def _tokenize(name: str, episode: Episode, renderer: Renderer) -> Trajectory:
     chunks, observations = [], []
     for k, (action, output) in enumerate(zip(episode.actions, episode.outputs, strict=True)):
         tokens = np.array(renderer.chunk(action), np.int32)

@@ -40,8 +40,10 @@ def infrastructure(clean_up: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def sandbox_spec(task: HarborTask, command_seconds: float) -> SandboxSpec:
+def sandbox_spec(task: HarborTask, command_seconds: float, backend: str = "bubblewrap") -> SandboxSpec:
     """The sandbox of an episode: the task's files and limits, no tests.
+
+    Backends find this machine's programs, but "docker" brings a Python in any case.
 
     Raises:
       BackendUnavailable: this machine lacks a program that the task needs.
@@ -50,11 +52,14 @@ def sandbox_spec(task: HarborTask, command_seconds: float) -> SandboxSpec:
     for program in task.programs:
         if any(os.access(f"{folder}/{program}", os.X_OK) for folder in _PROGRAM_FOLDERS):
             continue
+        if backend == "docker" and program == "python3":
+            continue
         if program != "python3":
             raise BackendUnavailable(f"task {task.task.id}: expected the program {program!r} in {_PROGRAM_FOLDERS}")
         # No interpreter where sandboxes can see it: lend them this process's own, read-only.
         binds[sys.base_prefix] = _PYTHON_HOME
         env["PATH"] = f"/usr/local/bin:/usr/bin:/bin:{_PYTHON_HOME}/bin"
+        env["LD_LIBRARY_PATH"] = f"{_PYTHON_HOME}/lib"  # a shared libpython is looked for where it was installed
     return SandboxSpec(
         files={path: FileEntry(file.content, file.mode) for path, file in task.files.items()},
         workdir=task.workdir,
@@ -65,5 +70,6 @@ def sandbox_spec(task: HarborTask, command_seconds: float) -> SandboxSpec:
             disk_bytes=task.limits.disk_bytes,
             command_seconds=command_seconds,
         ),
+        backend=backend,
         readonly_binds=binds,
     )

@@ -87,6 +87,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
       max_chunks: after so many chunks the episode is truncated; the verifier still runs.
       max_observation_chars: of a command's output; beyond it the rest is cut, and marked.
       command_seconds: a command that takes longer is killed; what it printed is observed with exit code 124.
+      backend: what runs the sandboxes: "bubblewrap" or "docker" (rock_env.SandboxSpec.backend).
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's name and type)
@@ -100,6 +101,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         max_chunks: int = 16,
         max_observation_chars: int = 256,
         command_seconds: float = 5.0,
+        backend: str = "bubblewrap",
     ) -> None:
         if max_chunks < 1 or max_observation_chars <= len(_CUT) or command_seconds <= 0:
             raise ValueError(
@@ -111,6 +113,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         self.max_chunks = max_chunks
         self.max_observation_chars = max_observation_chars
         self.command_seconds = command_seconds
+        self.backend = backend
         self._families, self._horizons = tuple(families), tuple(horizons)
         self._default = _as_task(task) if task is not None else None
         self._task: HarborTask | None = None
@@ -196,7 +199,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
         self.close()
         start = time.monotonic()
         with infrastructure(self.close):
-            spec = sandbox_spec(task, self.command_seconds) if snapshot is None else None  # a snapshot brings its own
+            # A snapshot brings its own.
+            spec = sandbox_spec(task, self.command_seconds, self.backend) if snapshot is None else None
             self._sandbox = Sandbox.start(spec, snapshot=snapshot)
         self._task, self._chunks, self._seconds = task, 0, 0.0
         self.timings = {"start": time.monotonic() - start, "commands": 0.0}

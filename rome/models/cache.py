@@ -12,6 +12,7 @@ from rome.models.attention import MASKED
 from rome.models.config import ConfigError, ModelConfig
 from rome.models.params import Params
 from rome.models.rope import rope_tables
+from rome.models.sharding import is_sharded, island, partition
 from rome.models.transformer import (
     decoder_layer,
     embed,
@@ -81,7 +82,6 @@ def extend(
         cache with ``length + counts``. The caller keeps ``length + counts <= max_length``; what exceeds it is lost.
     """
     offsets = jnp.arange(tokens.shape[1])[None, :]
-    rows = jnp.arange(tokens.shape[0])[:, None]
     positions = cache.length[:, None] + offsets
     # an index out of bounds is dropped by the scatter below
     columns = jnp.where(offsets < counts[:, None], positions, cache.max_length)
@@ -98,9 +98,7 @@ def extend(
         window = config.sliding_window if index in config.sliding_layers else 0
 
         def attend(q, k, v, index=index, window=window):
-            k = cache.keys[index].at[rows, :, :, columns].set(_by_token(k), mode="drop")
-            v = cache.values[index].at[rows, :, columns].set(_by_token(v), mode="drop")
-            return _attend_cache(q, k, v, bias[window]), (k, v)
+            return _append_and_attend(q, k, v, cache.keys[index], cache.values[index], columns, bias[window])
 
         x, (k, v), routed = decoder_layer(x, layer_params(params, config, index), config, rope, attend)
         keys.append(k)
@@ -108,13 +106,41 @@ def extend(
         if routed.experts is not None:
             visited.append(routed.experts.astype(jnp.int16))
     experts = tuple(
-        held.at[rows, columns].set(new, mode="drop")
-        for held, new in zip(cache.experts, visited[: len(cache.experts)], strict=True)
+        _record(held, new, columns) for held, new in zip(cache.experts, visited[: len(cache.experts)], strict=True)
     )
     last = jnp.maximum(counts - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     logits = unembed(params, config, rms_norm(x, params["final_norm"], config.rms_norm_eps))
     return logits, KVCache(tuple(keys), tuple(values), cache.length + counts, experts)
+
+
+def _append_and_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, columns: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Writes k and v [B, K, S, h] to the columns [B, S] of one layer's cache; q's mixed values and the new cache."""
+
+    def share(q, k, v, keys, values, columns, bias):
+        rows = jnp.arange(q.shape[0])[:, None]
+        keys = keys.at[rows, :, :, columns].set(_by_token(k), mode="drop")
+        values = values.at[rows, :, columns].set(_by_token(v), mode="drop")
+        return _attend_cache(q, keys, values, bias), (keys, values)
+
+    if is_sharded():
+        heads, slots = partition(("batch", "kv_heads")), partition(("batch",))
+        share = island(share, (*(heads,) * 5, slots, slots), (heads, (heads, heads)))
+    return share(q, k, v, keys, values, columns, bias)
+
+
+def _record(held: jax.Array, new: jax.Array, columns: jax.Array) -> jax.Array:
+    """Writes new[B, S, K] to the columns [B, S] of held[B, L, K]."""
+
+    def share(held, new, columns):
+        return held.at[jnp.arange(held.shape[0])[:, None], columns].set(new, mode="drop")
+
+    if is_sharded():
+        slots = partition(("batch",))
+        share = island(share, (slots, slots, slots), slots)
+    return share(held, new, columns)
 
 
 def _by_token(new_BxKxSxh: jax.Array) -> jax.Array:

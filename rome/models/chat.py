@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from rome.models.tokenizer import Tokenizer
 
@@ -42,6 +42,19 @@ class ParsedChunk:
     kind: Literal["tool_call", "final", "malformed"]
     command: str
     text: str
+
+
+class Renderer(Protocol):
+    """What training and rollouts ask of a renderer: `ChatRenderer` or `rome.models.TemplateRenderer`."""
+
+    tokenizer: Any  # decode, pad_id, vocab_size, special
+
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+    def prompt(self, messages: Sequence[Message]) -> list[int]: ...
+    def observation(self, messages: Sequence[Message]) -> list[int]: ...
+    def chunk(self, command: str | None, text: str = "") -> list[int]: ...
+    def parse(self, tokens: Iterable[int]) -> ParsedChunk: ...
 
 
 class ChatRenderer:

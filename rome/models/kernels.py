@@ -19,6 +19,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rome.models.sharding import platform
+
 _LANES = 128
 
 
@@ -50,7 +52,7 @@ def pick_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
     Raises KernelError if the named kernel can't serve these shapes and dtypes.
     """
     if kernel == "auto":
-        own = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+        own = {"gpu": "cudnn", "tpu": "splash"}.get(platform(), "xla")
         return "xla" if _objections(own, q, k) else own
     objections = _objections(kernel, q, k)
     if objections:

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from rome.models.config import ModelConfig
+from rome.models.sharding import platform
 
 
 class Routing(NamedTuple):
@@ -266,7 +267,7 @@ def pick_dispatch(config: ModelConfig, num_tokens: int) -> Dispatch:
     rows = block * _num_blocks(visits, config.num_experts, block)
     if rows > num_tokens * config.num_experts:
         return dense_dispatch
-    return ragged_dispatch if jax.default_backend() == "tpu" else sparse_dispatch
+    return ragged_dispatch if platform() == "tpu" else sparse_dispatch
 
 
 def moe_mlp(x: jax.Array, routing: Routing, experts: Experts, config: ModelConfig) -> jax.Array:

@@ -142,7 +142,12 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
     Each parameter's key depends on its name alone, so adding one doesn't change how the others start.
     """
-    specs, tree = jax.tree_util.tree_flatten_with_path(param_specs(config), is_leaf=is_spec)
+    return draw_params(param_specs(config), key)
+
+
+def draw_params(specs: Any, key: jax.Array) -> Params:
+    """Arrays for a pytree of `ParamSpec`, as `init_params` draws them."""
+    specs, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     drawn = [
         (zlib.crc32(jax.tree_util.keystr(path).encode()), -(-spec.size // _DRAW)) for path, spec in specs if spec.std
     ]

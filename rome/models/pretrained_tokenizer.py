@@ -1,7 +1,8 @@
-"""Tokenizers and chat templates of published models, from a local Hugging Face folder."""
+"""Tokenizers and chat templates of published models, from a local Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from rome.models.tokenizer import BYTE_OF, TokenizerError
+from rome.files import atomic_write
+from rome.models.tokenizer import BYTE_OF, Tokenizer, TokenizerError
+from rome.models.weights import open_gguf
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -49,6 +53,7 @@ class PretrainedTokenizer:
             if text not in self.special:
                 raise TokenizerError(f"{name}: expected one of the special tokens, found {text!r}")
         self._added = {index: token.content.encode() for index, token in added.items()}
+        self._padded = 0
         self.roles = dict(roles)
         self.chat_template = chat_template
         own = (self.special[roles["eos_token"]],) if "eos_token" in roles else ()
@@ -78,6 +83,71 @@ class PretrainedTokenizer:
         if (file := folder / "generation_config.json").exists():
             stop = _read_json(file).get("eos_token_id") or []
         return cls(bpe, roles, template, [stop] if isinstance(stop, int) else stop)
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> PretrainedTokenizer:
+        """Builds the tokenizer of a GGUF file from its metadata. Only SmolLM's way of splitting text is known.
+
+        Raises:
+            TokenizerError: the file has no tokenizer, or another kind.
+        """
+        fields = open_gguf(path).fields
+
+        def get(key: str, kind: type, default: Any = None) -> Any:
+            value = fields.get(f"tokenizer.{key}", default)
+            if type(value) is not kind and not (value is None and kind is not list):
+                raise TokenizerError(f"{path}: tokenizer.{key}: expected {kind.__name__}, found {value!r}")
+            return value
+
+        for key, expected in (("ggml.model", "gpt2"), ("ggml.pre", "smollm")):
+            if (found := get(key, str)) != expected:
+                raise TokenizerError(f"{path}: tokenizer.{key}: expected {expected!r}, found {found!r}")
+        pieces = get("ggml.tokens", list)
+        merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", list)]
+        bpe = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe.decoder = decoders.ByteLevel()
+        kinds = get("ggml.token_type", list)  # 3: control, 4: user-defined
+        if len(kinds) != len(pieces):
+            raise TokenizerError(f"{path}: tokenizer.ggml.token_type: expected {len(pieces)} types, found {len(kinds)}")
+        for piece, kind in zip(pieces, kinds, strict=True):
+            if kind in (3, 4):
+                bpe.add_tokens([AddedToken(piece, special=kind == 3, normalized=False)])
+        roles = {}
+        for name, key in _GGUF_ROLES.items():
+            if (index := get(f"ggml.{key}_token_id", int)) is not None:
+                if index >= len(pieces):
+                    raise TokenizerError(f"{path}: tokenizer.ggml.{key}_token_id: expected an id, found {index}")
+                roles[name] = pieces[index]
+        return cls(bpe, roles, get("chat_template", str))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that `from_folder` and Hugging Face transformers read, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.roles}
+        files = {
+            "tokenizer.json": self._bpe.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+            "generation_config.json": json.dumps({"eos_token_id": sorted(self.stop_ids)}) + "\n",
+        }
+        if self.chat_template is not None:
+            files["chat_template.jinja"] = self.chat_template
+        for name, text in files.items():
+            atomic_write(folder / name, text)
+
+    def padded_to(self, size: int) -> PretrainedTokenizer:
+        """The same tokenizer for a model of ``size`` ids: those that it has no text for decode to U+FFFD.
+
+        Raises:
+            TokenizerError: the model has fewer ids than the tokenizer.
+        """
+        if size < self.vocab_size:
+            raise TokenizerError(f"vocab_size: expected a model of at least {self.vocab_size} ids, found {size}")
+        padded = copy.copy(self)
+        padded._padded = size
+        return padded
 
     @cached_property
     def vocab_size(self) -> int:
@@ -113,6 +183,8 @@ class PretrainedTokenizer:
             return self._added[index]
         piece = self._bpe.id_to_token(index) if index >= 0 else None
         if piece is None:
+            if 0 <= index < self._padded:
+                return "\ufffd".encode()
             raise TokenizerError(f"id: expected 0..{self.vocab_size - 1}, got {index}")
         return bytes(BYTE_OF[char] for char in piece)
 
@@ -138,15 +210,30 @@ class PretrainedTokenizer:
             raise TokenizerError(f"chat_template: {error}") from error
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        after: str = "",
+        **variables: Any,
     ) -> list[int]:
-        """Ids of the rendered conversation. Special tokens' names in a message are text like any other."""
+        """Ids of the rendered conversation. Special tokens' names in a message are text like any other.
+
+        Args:
+            messages, add_generation_prompt, variables: as in `render_chat`.
+            after: give only what follows this text.
+
+        Raises:
+            TokenizerError: as in `render_chat`; or ``after`` is not in the rendered text exactly once.
+        """
         values = {"messages": list(messages), **variables}
-        marker = next(
-            chr(code) for code in _PRIVATE_USE if chr(code) not in json.dumps(values, ensure_ascii=False, default=str)
-        )
+        marker = unused_character(values)
         values = _break_names(values, self._special_pattern, marker)
         text = self.render_chat(values.pop("messages"), add_generation_prompt=add_generation_prompt, **values)
+        if after:
+            if (count := text.count(after)) != 1:
+                raise TokenizerError(f"chat_template: expected to render {after!r} once, found it {count} times")
+            text = text.partition(after)[2]
         ids: list[int] = []
         start = 0
         for match in self._special_pattern.finditer(text):
@@ -186,6 +273,26 @@ class PretrainedTokenizer:
             return environment.from_string(self.chat_template)
         except TemplateError as error:
             raise TokenizerError(f"chat_template: {error}") from error
+
+
+_GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer | PretrainedTokenizer:
+    """A tokenizer of ours or of a published model, whichever `save` wrote it.
+
+    Raises:
+        TokenizerError: the files are missing or broken.
+    """
+    if (Path(folder) / "tokenizer_config.json").exists():
+        return PretrainedTokenizer.from_folder(folder)
+    return Tokenizer.load(folder)
+
+
+def unused_character(value: Any) -> str:
+    """A character of Unicode's private use area that is in no string of ``value``."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in text)
 
 
 def _require_byte_level(bpe: tokenizers.Tokenizer) -> None:

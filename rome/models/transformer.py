@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rome.models.attention import packed_attention
 from rome.models.config import ConfigError, ModelConfig
-from rome.models.logprobs import score_tokens
-from rome.models.moe import Experts, moe_mlp, route, router_loss
-from rome.models.params import LayerRun, Params, layer_runs
+from rome.models.islands import attention, moe_mlp, routed_experts, token_scores
+from rome.models.lora import add_adapters
+from rome.models.moe import Experts, router_loss
+from rome.models.params import LayerRun, Params, layer_runs, param_specs
 from rome.models.rope import apply_rope, rope_tables
+from rome.models.sharding import constrain, gather_weights, is_sharded
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -44,24 +45,42 @@ def decoder_layer(
     ``replayed_BxTxK`` and ``counted_BxT`` are for the router: see `route` and `router_loss`.
     """
     dtype, eps = x_BxTxD.dtype, config.rms_norm_eps
-    layer = jax.tree.map(lambda w: w.astype(dtype), layer)
+    layer = _gather_layer(jax.tree.map(lambda w: w.astype(dtype), add_adapters(layer)), config)
     y = rms_norm(x_BxTxD, layer["attention_norm"], eps)
     q, k, v = (project_heads(y, layer[f"w{name}"], layer.get(f"{name}_bias")) for name in "qkv")
     if config.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], eps), rms_norm(k, layer["k_norm"], eps)
     q, k = apply_rope(q, rope), apply_rope(k, rope)
+    q = constrain(q, "batch", "heads", "sequence", None)
+    k, v = (constrain(new, "batch", "kv_heads", "sequence", None) for new in (k, v))
     batch, _, time, head_dim = q.shape
     mixed, state = attend(q.reshape(batch, config.num_kv_heads, -1, time, head_dim), k, v)
     mixed_BxTxn = jnp.swapaxes(mixed.reshape(q.shape), 1, 2).reshape(batch, time, -1)
     x = x_BxTxD + _biased(linear(mixed_BxTxn, layer["wo"].reshape(-1, x_BxTxD.shape[-1])), layer.get("o_bias"))
+    x = constrain(x, "batch", "sequence", None)
     y, routed = mlp(rms_norm(x, layer["mlp_norm"], eps), layer, config, replayed_BxTxK, counted_BxT)
-    return x + y, state, routed
+    return constrain(x + y, "batch", "sequence", None), state, routed
+
+
+def _gather_layer(layer: Params, config: ModelConfig) -> Params:
+    """The layer's weights as its products need them on a mesh; experts stay split until their island gathers them."""
+    if not is_sharded():
+        return layer
+    specs = param_specs(config)["layers" if "router" in layer or not config.is_moe else "dense_layers"]
+    kept = ("gate", "up", "down") if "router" in layer else ()
+    return {name: w if name in kept else gather_weights(w, specs[name].axes[1:]) for name, w in layer.items()}
+
+
+def linear(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """x @ weights: [..., D] by [D, F]. On a mesh the gradient is left to autodiff: rows and tokens, when both are
+    split, can't be made one axis."""
+    return x @ weights if is_sharded() else _linear(x, weights)
 
 
 @jax.custom_vjp
-def linear(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """x @ weights: [..., D] by [D, F]. The gradient of the weights transposes the narrower of its two factors, where
-    autodiff always transposes the gradient of the output: a fifth of a training step on CPU."""
+def _linear(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """The gradient of the weights transposes the narrower of its two factors, where autodiff always transposes the
+    gradient of the output: a fifth of a training step on CPU."""
     return x @ weights
 
 
@@ -79,7 +98,7 @@ def _linear_backward(residuals: tuple[jax.Array, jax.Array], d_y: jax.Array) -> 
     return (d_y_NxF @ weights.T).reshape(x.shape), d_weights
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -109,7 +128,7 @@ def mlp(
 ) -> tuple[jax.Array, Routed]:
     """SwiGLU feed-forward, dense or (where the layer has a router) routed."""
     if "router" in layer:
-        routing = route(y_BxTxD, layer["router"], config, replayed_BxTxK)
+        routing = routed_experts(y_BxTxD, layer["router"], config, replayed_BxTxK)
         loss = None
         if counted_BxT is not None and (config.router_aux_loss_coef or config.router_z_loss_coef):
             loss = router_loss(y_BxTxD, layer["router"], routing, counted_BxT, config)
@@ -121,7 +140,8 @@ def mlp(
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    return params["embedding"].astype(config.dtype)[tokens]
+    table = gather_weights(params["embedding"].astype(config.dtype), ("vocab", "embed"))
+    return constrain(table[tokens], "batch", "sequence", None)
 
 
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -183,7 +203,7 @@ def _layer_step(
     config: ModelConfig, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array, window: int | None
 ) -> Callable[[jax.Array, tuple[Params, jax.Array | None]], tuple[jax.Array, jax.Array | None]]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return packed_attention(q, k, v, segment_ids, window, kernel=config.attention_kernel), None
+        return attention(q, k, v, segment_ids, window, config.attention_kernel), None
 
     def step(x: jax.Array, inputs: tuple[Params, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
         layer, replayed = inputs
@@ -280,7 +300,7 @@ def score_sequences(
     targets = jnp.roll(tokens, -1, axis=1)
     tied = config.tie_embeddings
     weights = params["embedding" if tied else "lm_head"]
-    scores = score_tokens(hidden, weights, targets, temperature, tied=tied, chunk=config.head_chunk)
+    scores = token_scores(hidden, weights, targets, temperature, tied=tied, chunk=config.head_chunk)
     follows = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
 
     def align(values: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rome.models import KVCache, ModelConfig, extend, init_cache, unstack_layers
+from rome.models.sharding import Mesh, NamedSharding, on_mesh, partition
 from rome.rollout.sampling import sample_tokens
 
 
@@ -147,6 +148,7 @@ class DecodeEngine:
       stop_ids: sampled as the last token of a chunk.
       pad_id: fills unused positions of appends.
       version: of `params`.
+      mesh: spreads slots and weights over devices; `params` lie on it already.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class DecodeEngine:
         stop_ids: frozenset[int],
         pad_id: int,
         version: int = 0,
+        mesh: Mesh | None = None,
     ) -> None:
         outside = sorted(i for i in {*stop_ids, pad_id} if not 0 <= i < model_config.vocab_size)
         if outside or not stop_ids:
@@ -167,9 +170,9 @@ class DecodeEngine:
             raise EngineError(f"top_k: expected at most {model_config.vocab_size}, found {config.top_k}")
         if config.record_experts and not model_config.is_moe:
             raise EngineError("record_experts: expected False of a policy without experts, found True")
-        self.config, self.model_config, self.pad_id = config, model_config, pad_id
+        self.config, self.model_config, self.pad_id, self._mesh = config, model_config, pad_id, mesh
         self.stats = EngineStats()
-        self._compiled = _compiled(model_config, config.max_length, config.max_chunk_tokens, config.top_k, config.top_p)
+        self._compiled = compiled_functions(model_config, config, mesh)
         self._weights_lock = threading.Lock()
         self._weights = (jax.tree.map(jnp.copy, params), int(version))
         self._stop_ids = jnp.array(sorted(stop_ids), jnp.int32)
@@ -311,8 +314,10 @@ class DecodeEngine:
             self._states[cohort] = self._empty_state(self.config.slots_per_cohort)
 
     def _empty_state(self, rows: int) -> DecodeState:
-        cache = init_cache(self.model_config, rows, self.config.max_length, self.config.record_experts)
-        return DecodeState(cache, jnp.zeros((rows, self.model_config.vocab_size), jnp.float32))
+        empty = functools.partial(empty_state, self.model_config, self.config, rows)
+        if self._mesh is None:
+            return empty()
+        return jax.jit(empty, out_shardings=slot_shardings(jax.eval_shape(empty), self._mesh))()
 
     def _check_deltas(self, cohort: int, deltas: Mapping[int, np.ndarray]) -> None:
         slots = self.cohort_slots(cohort)
@@ -400,23 +405,42 @@ class DecodeEngine:
 class _Compiled:
     """The jitted functions of one static configuration, and how often they were traced."""
 
-    def __init__(self, *statics: Any) -> None:
+    def __init__(self, mesh: Mesh | None, *statics: Any) -> None:
         self.traces = 0
+        self._mesh = mesh
         self.append = self._jit(functools.partial(_append, statics[0]), 1)
-        self.share = self._jit(_share, 0)
+        self.share = self._jit(functools.partial(_share, mesh), 0)
         self.decode = self._jit(functools.partial(_decode, *statics), 1)
 
     def _jit(self, function: Callable[..., Any], donated: int) -> Callable[..., Any]:
         @functools.wraps(function)
         def traced(*args: Any) -> Any:
             self.traces += 1  # runs when jit traces, that is once a compiled shape
-            return function(*args)
+            with on_mesh(self._mesh):
+                return function(*args)
 
         return jax.jit(traced, donate_argnums=donated)
 
 
 # engines that differ in slots, buckets or temperature alone share what is compiled
 _compiled = functools.cache(_Compiled)
+
+
+def compiled_functions(model_config: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> _Compiled:
+    """The engine's jitted `append` and `decode`, shared by all that ask for the same static configuration."""
+    return _compiled(mesh, model_config, config.max_length, config.max_chunk_tokens, config.top_k, config.top_p)
+
+
+def empty_state(model_config: ModelConfig, config: EngineConfig, rows: int) -> DecodeState:
+    """`rows` slots that hold nothing."""
+    cache = init_cache(model_config, rows, config.max_length, config.record_experts)
+    return DecodeState(cache, jnp.zeros((rows, model_config.vocab_size), jnp.float32))
+
+
+def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where a decode state lies: slots are split as rows are, heads and vocabulary over ``tensor``."""
+    by_rank = {1: ("batch",), 2: ("batch", "vocab"), 3: ("batch",), 4: ("batch", "kv_heads")}
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(by_rank[leaf.ndim], mesh)), state)
 
 
 def _shape(leaf: Any) -> tuple:
@@ -436,14 +460,15 @@ def _append(
     return DecodeState(cache, jnp.where(counts[:, None] > 0, logits, state.logits))
 
 
-def _share(state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
+def _share(mesh: Mesh | None, state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
     """Slot b becomes a copy of row source[b] of `prompts`, where source int32[B] is not −1."""
 
     def pick(held: jax.Array, given: jax.Array) -> jax.Array:
         chosen = (source >= 0).reshape(-1, *[1] * (held.ndim - 1))
         return jnp.where(chosen, given[jnp.maximum(source, 0)], held)
 
-    return jax.tree.map(pick, state, prompts)
+    shared = jax.tree.map(pick, state, prompts)
+    return shared if mesh is None else jax.lax.with_sharding_constraint(shared, slot_shardings(state, mesh))
 
 
 def _decode(

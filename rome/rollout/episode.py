@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from rome.envs import EnvFailure
-from rome.models import ChatRenderer, Message
+from rome.models import Message, Renderer
 from rome.rollout.engine import Finish, Sampled
 from rome.rollout.ledger import TokenLedger
 from rome.rollout.workers import Job
@@ -133,9 +133,7 @@ class Episode:
 
     # -- in a worker thread ------------------------------------------------------------------------------------------
 
-    def open(
-        self, job: Job, env_factory: Callable[[], ChunkEnv], renderer: ChatRenderer, deadlines: Deadlines
-    ) -> Opening:
+    def open(self, job: Job, env_factory: Callable[[], ChunkEnv], renderer: Renderer, deadlines: Deadlines) -> Opening:
         """A fresh environment, reset to the task; the expert's prefix, if any, replayed in it."""
         self.env = env = env_factory()
         text, _ = env.reset(seed=self.request.seed, options={"task": self.request.task})
@@ -150,7 +148,7 @@ class Episode:
         return Opening(text, tokens, replayed)
 
     def act(
-        self, job: Job, renderer: ChatRenderer, deadlines: Deadlines, tokens: np.ndarray, index: int, room: int
+        self, job: Job, renderer: Renderer, deadlines: Deadlines, tokens: np.ndarray, index: int, room: int
     ) -> Answer:
         """Sends chunk `index` to the environment.
 
@@ -207,7 +205,7 @@ class Episode:
             self.rewards.append(answer.reward)
         return True
 
-    def answered(self, renderer: ChatRenderer, answer: Answer) -> Trajectory | None:
+    def answered(self, renderer: Renderer, answer: Answer) -> Trajectory | None:
         """Writes the chunk and its answer into the ledger; the Trajectory if the episode is over."""
         sampled, ledger = self.sampled, self.ledger
         self._add_time("verify" if answer.status else "environment", self.job.seconds)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rome.envs import EnvFailure
-from rome.models import ChatRenderer
+from rome.models import Renderer
 from rome.rollout.engine import DecodeEngine
 from rome.rollout.episode import ChunkEnv, Deadlines, Episode, GroupRequest
 from rome.rollout.workers import DeadlineExceeded, EnvWorkers
@@ -102,7 +102,7 @@ class RolloutRunner:
     def __init__(
         self,
         engine: DecodeEngine,
-        renderer: ChatRenderer,
+        renderer: Renderer,
         env_factory: Callable[[], ChunkEnv],
         config: RolloutConfig | None = None,
     ) -> None:

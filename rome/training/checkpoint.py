@@ -8,7 +8,11 @@ the previous checkpoint; a CRC of every array, kept in the cursor, tells a damag
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +45,46 @@ def _placed_like(restored: Any, template: Any) -> Any:
     return restored if getattr(template, "committed", True) else jnp.array(np.asarray(restored))
 
 
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """A failed write is told by the error that it raises, and by nobody else.
+
+    Orbax logs its traceback too. And Orbax closes its event loop at the first write that fails, so that the others can
+    report neither success nor failure to anybody: TensorStore's threads and asyncio print that, some of it late. Once a
+    save has failed, they are kept from it for good.
+    """
+    before, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    sys.unraisablehook = before
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 class Checkpointer:
     """Saves and restores `(state, cursor, buffer)` under a directory; keeps the newest `keep` steps."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
+        """`read_only` leaves alone what another process may be writing."""
         self._directory = Path(directory).absolute()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        elif not self._directory.is_dir():
+            raise CheckpointError(f"{self._directory}: expected a directory of checkpoints, found none")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            max_to_keep=None if read_only else keep,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=False,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -64,15 +100,16 @@ class Checkpointer:
         document["buffer_bytes"] = len(buffer)
         document["crc"] = _cursor_crc(document)
         try:
-            written = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    cursor=ocp.args.JsonSave(document),
-                    buffer=ocp.args.StandardSave({"bytes": buffer_array}),
-                ),
-            )
-            self._manager.wait_until_finished()
+            with _told_once():
+                written = self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state),
+                        cursor=ocp.args.JsonSave(document),
+                        buffer=ocp.args.StandardSave({"bytes": buffer_array}),
+                    ),
+                )
+                self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self._directory / str(step)}: could not be written: {error}") from error
         if not written:  # Orbax skips such a step without a word

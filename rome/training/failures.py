@@ -2,7 +2,10 @@
 
 from rock_env import RockError
 from rome.envs import EnvFailure, TaskFormatError
+from rome.models import ConfigError as ModelConfigError
 from rome.models import TokenizerError
+from rome.models.sharding import ShardingError
+from rome.models.weights import WeightsError
 from rome.rollout import EngineError, SampleBufferError
 from rome.training.checkpoint import CheckpointError
 from rome.training.config import ConfigError
@@ -17,13 +20,16 @@ EXPECTED_FAILURES: tuple[type[Exception], ...] = (
     EngineError,
     EnvFailure,
     MetricsError,
+    ModelConfigError,
     OSError,  # a full disk, a missing permission
     PackingError,
     RockError,  # no bwrap, limits that this machine can't enforce
     RolloutsFailed,
     SampleBufferError,
+    ShardingError,
     TaskFormatError,
     TokenizerError,
     TrajectoryError,
+    WeightsError,
 )
 """Typed errors whose message says what is wrong and what to do about it."""

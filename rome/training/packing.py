@@ -101,9 +101,10 @@ def pack_trajectories(
 ) -> PackedRows:
     """Packs whole trajectories into rows of `row_length` tokens and at most `max_chunks` chunks.
 
-    Observations after the last chunk condition nothing that is trained and are left out. The number of rows is padded
-    with empty ones to a multiple of `rows_multiple`. With `routed` = (layers with a router, experts a token) the rows
-    carry the recorded experts. Raises PackingError if a trajectory can't fit in one row, or recorded others.
+    Observations after the last chunk condition nothing that is trained and are left out. A replayed prefix is context
+    (chunk id −1), unless the trajectory is nothing but prefix: an expert's, to be imitated. The number of rows is
+    padded with empty ones to a multiple of `rows_multiple`. With `routed` = (layers with a router, experts a token) the
+    rows carry the recorded experts. Raises PackingError if a trajectory can't fit in one row, or recorded others.
     """
     segments = [t.segments()[: 2 * len(t.chunks)] for t in trajectories]
     lengths = [sum(len(tokens) for _, tokens in parts) for parts in segments]
@@ -130,7 +131,7 @@ def pack_trajectories(
         at = start
         for index, part in parts:
             tokens[row, at : at + len(part)] = part
-            if index >= 0:
+            if index >= 0 and (index >= trajectory.prefix_chunks or trajectory.prefix_chunks == len(trajectory.chunks)):
                 chunk_ids[row, at : at + len(part)] = first + index
                 behavior_logp[row, at : at + len(part)] = trajectory.chunks[index].behavior_logp
             at += len(part)

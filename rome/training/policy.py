@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,10 @@ import optax
 
 from rome.ipa import ObjectiveConfig, PolicyBatch, Totals, batch_totals, merge_metrics, trajectory_returns
 from rome.models import ModelConfig
+from rome.models.lora import LoraConfig
+from rome.models.sharding import Mesh, batch_shardings
 from rome.training.packing import PackedRows, pack_trajectories
+from rome.training.resampling import Expert
 from rome.training.state import OptimizerConfig, TrainState
 from rome.training.steps import PolicyStep
 from rome.trajectory import Trajectory
@@ -32,6 +35,7 @@ class PolicySettings:
       router_replay: a mixture of experts visits, in training, the experts that its rollout recorded.
       save_every: steps between batches kept for the report's viewer.
       optimizer: of this stage.
+      lora: adapters that this stage trains instead of the weights, if their rank is above 0.
     """
 
     steps: int
@@ -44,6 +48,7 @@ class PolicySettings:
     updates_per_batch: int = 1
     skip_inert: bool = True
     router_replay: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
     save_every: int = 25
 
     def __post_init__(self) -> None:
@@ -74,14 +79,19 @@ class PolicyTrainer:
         optimizer: optax.GradientTransformation,
         settings: PolicySettings,
         temperature: float = 1.0,
+        mesh: Mesh | None = None,
     ) -> None:
         if settings.router_replay and not model.is_moe:
             raise ValueError("router_replay: expected False of a policy without experts, found True")
-        self._objective, self._settings = objective, settings
+        self._objective, self._settings, self._mesh = objective, settings, mesh
         self._routed = (model.routed_layers, model.num_experts_per_token) if settings.router_replay else None
         on_policy = settings.updates_per_batch == 1
-        self._step = PolicyStep(model, objective, optimizer, on_policy, temperature)
+        self._step = PolicyStep(model, objective, optimizer, on_policy, temperature, mesh)
         self._compute_returns = jax.jit(partial(trajectory_returns, config=objective), static_argnums=2)
+        # an expert has no group to be compared with
+        self._expert_returns = jax.jit(
+            partial(trajectory_returns, config=replace(objective, baseline="none")), static_argnums=2
+        )
         self._totals = jax.jit(lambda batch: batch_totals(batch, objective))
         self._add = jax.jit(lambda a, b: jax.tree.map(lambda x, y: x + y, a, b))
         self._merge = jax.jit(lambda a, b: merge_metrics(jax.tree.map(lambda x, y: jax.numpy.stack([x, y]), a, b)))
@@ -96,6 +106,8 @@ class PolicyTrainer:
         rewards, chunks = np.zeros(count, np.float32), np.ones(count, np.int32)
         self._compute_returns(rewards, chunks, width, group_ids=np.zeros(count, np.int32), intrinsic=None)
         batch = self._batches([], np.zeros((0, width), np.float32), {})[1][0]
+        if self._objective.imitation != "off":
+            self._expert_returns(rewards[: s.groups], chunks[: s.groups], width)
         totals = self._add(Totals(np.float32(0), np.float32(0)), self._totals(batch))
         gradients = self._step.zeros(state.params)
         share = np.float32(1)
@@ -106,10 +118,22 @@ class PolicyTrainer:
         self._step.apply.lower(state, gradients).compile()  # not called: it would need the memory of a second state
 
     def update(
-        self, state: TrainState, trajectories: Sequence[Trajectory], seed: int, annotate: bool = False
+        self,
+        state: TrainState,
+        trajectories: Sequence[Trajectory],
+        seed: int,
+        annotate: bool = False,
+        experts: Sequence[Expert] = (),
     ) -> tuple[TrainState, Update]:
-        """`updates_per_batch` optimizer updates on the trajectories; `seed` orders them into minibatches."""
+        """`updates_per_batch` optimizer updates on the trajectories; `seed` orders them into minibatches.
+
+        The replayed prefix of a trajectory (`prefix_chunks`) is never trained on; an expert is, once, by the imitation
+        term (Eq 10). At most one expert a group.
+        """
         returns = self._returns(trajectories)
+        if experts:
+            returns = np.concatenate([returns, self._returns_of_experts(experts)])
+            trajectories = [*trajectories, *(_imitated_part(expert) for expert in experts)]
         parts = self._split(trajectories, seed)
         metrics: list[dict[str, Any]] = []
         update = Update({})
@@ -140,6 +164,14 @@ class PolicyTrainer:
         )
         return np.asarray(returns)
 
+    def _returns_of_experts(self, experts: Sequence[Expert]) -> np.ndarray:
+        """float32[E, C]: the returns of the experts' own, whole trajectories."""
+        shape = self._settings.groups
+        rewards, chunks = np.zeros(shape, np.float32), np.ones(shape, np.int32)
+        rewards[: len(experts)] = [t.final_reward for t, _ in experts]
+        chunks[: len(experts)] = [len(t.chunks) for t, _ in experts]
+        return np.asarray(self._expert_returns(rewards, chunks, self._settings.max_chunks))[: len(experts)]
+
     def _split(self, trajectories: Sequence[Trajectory], seed: int) -> list[list[int]]:
         count = self._settings.updates_per_batch
         if count == 1:
@@ -164,11 +196,14 @@ class PolicyTrainer:
             behavior_logp=rows.behavior_logp,
             returns=rows.table(list(returns), np.float32),
             positive=rows.table([t.succeeded for t in trajectories], bool, False),
-            imitation=rows.table([np.arange(len(t.chunks)) < t.prefix_chunks for t in trajectories], bool, False),
+            imitation=rows.table([t.prefix_chunks == len(t.chunks) for t in trajectories], bool, False),
             experts=rows.experts,
         )
         starts = range(0, rows.num_rows, s.micro_rows)
-        return rows, [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
+        parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + s.micro_rows], whole) for at in starts]
+        if self._mesh is not None:
+            parts = [jax.device_put(part, batch_shardings(part, self._mesh, s.row_length)) for part in parts]
+        return rows, parts
 
     def _old_logp(self, state: TrainState, trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
         """π_old of each trajectory's tokens, float32[length], under the parameters before the first update."""
@@ -242,6 +277,12 @@ class PolicyTrainer:
                 "kept": [self._objective.mask_level == "none" or bool(lower <= x <= upper) for x in mismatch],
                 "positive": t.succeeded,
             }
+
+
+def _imitated_part(expert: Expert) -> Trajectory:
+    """The expert's chunks that are imitated, as a trajectory that is all prefix."""
+    t, count = expert
+    return replace(t, chunks=t.chunks[:count], observations=t.observations[: count - 1], prefix_chunks=count)
 
 
 def _place(

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgpack
 
 from rome.data import TaskSampler, TaskSpec
 from rome.envs import draft_task
 from rome.rollout import BackgroundRollouts, GroupRequest, RolloutRunner, SampleBuffer
+from rome.training.resampling import Expert, Resampler, Start, experts_to_imitate
 from rome.training.settings import RunSettings
 from rome.trajectory import Trajectory
 
 
-def request_for(spec: TaskSpec, group_id: str, size: int, run_seed: int) -> GroupRequest:
+def request_for(spec: TaskSpec, group_id: str, size: int, run_seed: int, start: Start | None = None) -> GroupRequest:
     """A group of `size` samples of the task; the sampling seed is a hash of the run's seed and the group's name."""
     digest = hashlib.sha256(f"{run_seed}/{group_id}".encode()).digest()
     task = draft_task(spec.family, spec.seed, spec.horizon)
-    return GroupRequest(task=task, group_id=group_id, size=size, seed=int.from_bytes(digest[:4], "big"))
+    expert, prefix = start or (None, 0)
+    return GroupRequest(task, group_id, size, int.from_bytes(digest[:4], "big"), expert, prefix)
 
 
 FRUITLESS_ROUNDS = 3  # rounds of requests of which not one group came back, after which a run gives up
@@ -29,18 +32,44 @@ class RolloutsFailed(RuntimeError):
     """Group after group had to be given up; says why the last one was."""
 
 
+class Pending(NamedTuple):
+    """What a group was asked for: its task, and where it starts (None: the initial state)."""
+
+    spec: TaskSpec
+    start: Start | None
+
+
 class GroupSource:
     """Supplies the trainer with batches of groups, and knows what a checkpoint needs to supply the same ones again.
 
     At asynchronous ratio 0, `batch` rolls out and returns: deterministic. Above 0, a thread rolls out while the trainer
     trains; `stop` brings it to a standstill before `state_dict` makes a checkpoint. Groups are numbered by the
     sampler's cursor; one given out to be sampled and not yet trained on is pending, and is sampled again on resume.
+
+    With `resampling.fraction` > 0 some groups start from the prefix of an expert instead (see
+    `rome.training.resampling`); `demonstrations` are the experts. What the last batch asks to imitate is in `experts`.
     """
 
-    def __init__(self, settings: RunSettings, runner: RolloutRunner, sampler: TaskSampler) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        runner: RolloutRunner,
+        sampler: TaskSampler,
+        demonstrations: Sequence[Trajectory] = (),
+    ) -> None:
         self._settings, self._runner, self.sampler = settings, runner, sampler
         self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups)
-        self._pending: dict[str, TaskSpec] = {}
+        # experts that leave no room for a token of the policy, or fit in no row, are none
+        fitting = (
+            t
+            for t in demonstrations
+            if t.num_tokens < settings.engine.max_length and len(t.chunks) <= settings.rl.max_chunks
+        )
+        self._resampler = Resampler(settings.resampling, fitting, settings.seed)
+        self.experts: list[Expert] = []
+        self._resampling_metrics: dict[str, float] = {}
+        self._lock = threading.Lock()  # of the sampler, the resampler and what is pending: rollouts draw requests
+        self._pending: dict[str, Pending] = {}
         self._retry: list[str] = []
         self._lost_before: dict[str, float] = {}  # what `metrics` counted before this process
         self._background: BackgroundRollouts | None = None
@@ -67,11 +96,33 @@ class GroupSource:
                     *_, reason = self._runner.stats.dropped_groups.values()
                     raise RolloutsFailed(f"not one group could be completed in {fruitless} rounds; the last: {reason}")
             groups = self.buffer.get_batch(wanted, version)
-        for group in groups:
-            spec = self._pending.pop(group[0].group_id)
-            self.sampler.record(spec.family, spec.horizon, sum(t.succeeded for t in group) / len(group))
-        self._forget_dropped()
+        with self._lock:
+            self._record(groups)
+            self._forget_dropped()
         return groups
+
+    def _record(self, groups: list[list[Trajectory]]) -> None:
+        """Tells the sampler, or the resampler, what became of their groups."""
+        resampled, forks = [], []
+        for group in groups:
+            spec, start = self._pending.pop(group[0].group_id)
+            if start is None:
+                self.sampler.record(spec.family, spec.horizon, sum(t.succeeded for t in group) / len(group))
+                self._resampler.observe(group)
+            else:
+                resampled.append((start, group))
+                forks += [fork.prefix / len(start.expert.chunks) for fork in self._resampler.record(start, group)]
+        self.experts = experts_to_imitate(self._settings.ipa.imitation, resampled)
+        self._resampling_metrics = {}
+        if resampled:
+            samples = [t for _, group in resampled for t in group]
+            self._resampling_metrics = {
+                "resampling/groups": float(len(resampled)),
+                "resampling/success": sum(t.succeeded for t in samples) / len(samples),
+                "resampling/prefix_mean": sum(start.prefix for start, _ in resampled) / len(resampled),
+                "resampling/imitated": float(len(self.experts)),
+                **({"resampling/crucial_position": sum(forks) / len(forks)} if forks else {}),
+            }
 
     @property
     def waited_seconds(self) -> float:
@@ -79,12 +130,14 @@ class GroupSource:
         return self._runner.stats.waited_seconds
 
     def metrics(self) -> dict[str, float]:
-        """What was lost so far, by reason: stale samples, failed episodes, groups given up."""
+        """What was lost so far, by reason: stale samples, failed episodes, groups given up; and the resampling."""
         counts = self.buffer.stats  # they survive checkpoints by themselves
         return {
             "buffer/dropped_stale": float(counts.dropped_stale),
             "buffer/dropped_with_group": float(counts.dropped_with_group),
             **self._lost(),
+            **self._resampling_metrics,
+            **(self._resampler.metrics() if self._settings.resampling.fraction else {}),
         }
 
     def _lost(self) -> dict[str, float]:
@@ -107,16 +160,25 @@ class GroupSource:
 
     def state_dict(self) -> tuple[dict[str, Any], bytes]:
         """(JSON cursor, buffer bytes). Call it while nothing rolls out."""
-        pending = [[name, spec.family, spec.horizon, spec.seed] for name, spec in self._pending.items()]
+        pending = [
+            [name, spec.family, spec.horizon, spec.seed, *([start.expert.id, start.prefix] if start else [])]
+            for name, (spec, start) in self._pending.items()
+        ]
         cursor = {"sampler": self.sampler.state_dict(), "pending": pending, "lost": self._lost()}
-        return cursor, msgpack.packb(self.buffer.state_dict())
+        resampler = self._resampler.state_dict(start for _, start in self._pending.values() if start)
+        return cursor, msgpack.packb({"buffer": self.buffer.state_dict(), "resampler": resampler})
 
     def load_state_dict(self, cursor: dict[str, Any], buffer: bytes) -> None:
         """The inverse of `state_dict`."""
+        state = msgpack.unpackb(buffer)
         self.sampler.load_state_dict(cursor["sampler"])
-        self._pending = {name: TaskSpec(family, horizon, seed) for name, family, horizon, seed in cursor["pending"]}
+        experts = self._resampler.load_state_dict(state["resampler"])
+        self._pending = {
+            name: Pending(TaskSpec(*spec), Start(experts[start[0]], start[1]) if start else None)
+            for name, *spec, start in ((*entry[:4], entry[4:]) for entry in cursor["pending"])
+        }
         self._lost_before = {str(name): float(count) for name, count in cursor["lost"].items()}
-        self.buffer.load_state_dict(msgpack.unpackb(buffer))
+        self.buffer.load_state_dict(state["buffer"])
         self._retry = self._unbuffered()
 
     def _unbuffered(self) -> list[str]:
@@ -125,15 +187,22 @@ class GroupSource:
         return [name for name in self._pending if name not in waiting]
 
     def _next_request(self) -> GroupRequest:
-        if self._retry:
-            return self._request(self._retry.pop(0))
-        number = self.sampler.cursor
-        name = f"group-{number}"
-        self._pending[name] = self.sampler.next(1)[0]
-        return self._request(name)
+        with self._lock:
+            if self._retry:
+                return self._request(self._retry.pop(0))
+            number = self.sampler.cursor
+            spec = self.sampler.next(1)[0]
+            start = self._resampler.next(number, self.sampler.success)
+            if start is not None:
+                task = start.expert.task
+                spec = TaskSpec(task.family, task.horizon, task.seed)
+            name = f"group-{number}"
+            self._pending[name] = Pending(spec, start)
+            return self._request(name)
 
     def _request(self, name: str) -> GroupRequest:
-        return request_for(self._pending[name], name, self._settings.rl.group_size, self._settings.seed)
+        spec, start = self._pending[name]
+        return request_for(spec, name, self._settings.rl.group_size, self._settings.seed, start)
 
     def _requests(self) -> Iterator[GroupRequest]:
         while True:
@@ -153,10 +222,15 @@ class GroupSource:
 
 
 def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, float]:
-    """What a batch of groups looks like: success, lengths, staleness."""
+    """What a batch of groups looks like: staleness of all; success and lengths of those from the initial state."""
+    staleness = [version - t.start_version for group in groups for t in group]
+    ages = {f"buffer/staleness_{age}": staleness.count(age) / len(staleness) for age in range(max(staleness) + 1)}
+    ages |= {"buffer/staleness_mean": sum(staleness) / len(staleness), "buffer/staleness_max": float(max(staleness))}
+    groups = [group for group in groups if not group[0].prefix_chunks]
+    if not groups:  # every one of them was resampled from a prefix
+        return ages
     samples = [t for group in groups for t in group]
     count = len(samples)
-    staleness = [version - t.start_version for t in samples]
     rates = [sum(t.succeeded for t in group) / len(group) for group in groups]
     return {
         "train/success": sum(rates) / len(rates),
@@ -167,7 +241,5 @@ def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, f
         "rollout/chunks_mean": sum(len(t.chunks) for t in samples) / count,
         "rollout/tokens_mean": sum(t.num_tokens for t in samples) / count,
         "rollout/error_fraction": sum(c.error for t in samples for c in t.chunks) / sum(len(t.chunks) for t in samples),
-        "buffer/staleness_mean": sum(staleness) / count,
-        "buffer/staleness_max": float(max(staleness)),
-        **{f"buffer/staleness_{age}": staleness.count(age) / count for age in range(max(staleness) + 1)},
+        **ages,
     }

@@ -6,6 +6,7 @@ run that was killed and started again gives the same metrics, bit for bit, as on
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -18,18 +19,30 @@ from rome.data import TaskSampler, chunk_balanced, collect_episodes, fixed_tasks
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
 from rome.envs import TerminalEnv
 from rome.files import atomic_write
-from rome.models import ChatRenderer, Tokenizer, init_induction, init_params, train_tokenizer
+from rome.models import (
+    ChatRenderer,
+    Renderer,
+    TemplateRenderer,
+    Tokenizer,
+    init_induction,
+    init_params,
+    param_specs,
+    train_tokenizer,
+)
+from rome.models.lora import adapt, merge
+from rome.models.sharding import make_mesh, param_shardings
 from rome.rollout import DecodeEngine, RolloutRunner
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
 from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
-from rome.training.platform import keep_freed_memory
+from rome.training.platform import keep_freed_memory, require_devices
 from rome.training.policy import PolicyTrainer
+from rome.training.pretrained import adopt, first_params, kept_config, kept_tokenizer, zero_params
 from rome.training.report import write_report
 from rome.training.rl import GroupSource, request_for, rollout_metrics
 from rome.training.settings import RunSettings, SupervisedSettings, load_settings
-from rome.training.state import OptimizerConfig, TrainState, init_state, make_optimizer
+from rome.training.state import TrainState, init_state_on, make_optimizer
 from rome.training.steps import make_supervised_step
 from rome.training.supervised import copy_batches, demonstration_batches, run_supervised
 from rome.training.tracking import MetricsWriter, Progress
@@ -44,6 +57,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """Runs, or continues, the run of `config` in its directory; returns what `result.json` holds."""
     keep_freed_memory()
     settings = load_settings(config)
+    require_devices(settings)
     directory, _ = open_run(config, MAY_CHANGE)
     finished = directory / "result.json"
     if finished.is_file():
@@ -72,13 +86,18 @@ class Run:
     ) -> None:
         self.settings, self.directory = settings, directory
         self.writer, self.progress, self.checkpointer = writer, progress, checkpointer
+        self.mesh, self.rollout_mesh = make_mesh(settings.mesh.train), make_mesh(settings.mesh.rollout)
         self.key = jax.random.key(settings.seed)
+        self._merge = jax.jit(merge) if settings.rl.lora.rank else lambda params: params
         self.results: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
         """Everything that is still to be done."""
         self.demonstrations = self._prepare()
-        self.model = self.settings.model_config(self.tokenizer.vocab_size)
+        if self.settings.pretrained is None:
+            self.model = self.settings.model_config(self.tokenizer.vocab_size)
+        else:
+            self.model = kept_config(self.settings.pretrained, self.directory)
         stage, step, state, source_state = self._restore()
         if stage == "cpt":
             state = self._supervised("cpt", self.settings.cpt, step, state)
@@ -103,13 +122,16 @@ class Run:
         )
 
     def _prepare(self) -> list[Trajectory]:
-        """Demonstrations and the tokenizer trained on them: from the run's directory, or made now."""
+        """Demonstrations and their tokenizer: from the run's directory, or made now. The tokenizer is trained on them,
+        or a published model's own."""
         path, folder = self.directory / "demonstrations.msgpack", self.directory / "tokenizer"
         if path.is_file():
-            self.tokenizer = Tokenizer.load(folder)
-            self.renderer = ChatRenderer(self.tokenizer)
+            self.tokenizer = kept_tokenizer(self.directory)
+            self.renderer = self._make_renderer()
             return load_trajectories(path)
         s = self.settings
+        if s.pretrained is not None:
+            self.tokenizer = adopt(s.pretrained, self.directory)
         first = DEMONSTRATION_SEEDS + (s.seed % 64) * SEEDS_PER_RUN
         horizons = chunk_balanced(s.tasks.horizons) if s.demonstrations.balance_chunks else s.tasks.horizons
         specs = fixed_tasks(s.tasks.families, horizons, s.demonstrations.count, first)
@@ -123,10 +145,11 @@ class Run:
             s.demonstrations.workers,
             on_episode=lambda done: self.progress.update(done),
         )
-        texts = (text for episode in episodes for text in episode.texts())
-        self.tokenizer = train_tokenizer(texts, s.vocab_size, digits=s.digits_per_token)
-        self.tokenizer.save(folder)
-        self.renderer = ChatRenderer(self.tokenizer)
+        if s.pretrained is None:
+            texts = (text for episode in episodes for text in episode.texts())
+            self.tokenizer = train_tokenizer(texts, s.vocab_size, digits=s.digits_per_token)
+            self.tokenizer.save(folder)
+        self.renderer = self._make_renderer()
         trajectories = tokenize_episodes(episodes, self.renderer)
         solved = sum(e.reward > 0 for e in episodes) / len(episodes)
         metrics = {"demonstrations/success": solved, "time/demonstrations": time.monotonic() - started}
@@ -135,17 +158,34 @@ class Run:
         save_trajectories(path, trajectories)
         return trajectories
 
+    def _make_renderer(self) -> Renderer:
+        return (
+            ChatRenderer(self.tokenizer) if isinstance(self.tokenizer, Tokenizer) else TemplateRenderer(self.tokenizer)
+        )
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _optimizer_of(self, stage: str) -> tuple[OptimizerConfig, int]:
-        s = self.settings
-        if stage == "ipa":
-            return s.rl.optimizer, s.rl.steps * s.rl.updates_per_batch
-        section: SupervisedSettings = getattr(s, stage)
-        return section.optimizer, section.steps
-
     def _fresh_state(self, stage: str, params: Any) -> TrainState:
-        return init_state(params, make_optimizer(*self._optimizer_of(stage)))
+        lora = self.settings.rl.lora
+        if stage == "ipa" and lora.rank:
+            params = adapt(params, self.model, lora, jax.random.fold_in(self.key, 2))
+        return init_state_on(self.mesh, params, make_optimizer(*self.settings.optimizer_of(stage)), self.model)
+
+    def _placed(self, params: Any) -> Any:
+        """The parameters, each where the mesh wants it."""
+        return (
+            params if self.mesh is None else jax.device_put(params, param_shardings(param_specs(self.model), self.mesh))
+        )
+
+    def _first_params(self) -> Any:
+        """Drawn, or those of the published model."""
+        if self.settings.pretrained is not None:
+            where = None if self.mesh is None else param_shardings(param_specs(self.model), self.mesh)
+            return first_params(self.settings.pretrained, self.directory, where)
+        fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
+        if self.settings.induction:
+            fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
+        return fresh
 
     def _global_step(self, stage: str, step: int) -> int:
         """Checkpoints are numbered over all stages, with numbers of their own for what starts a stage: SFT, IPA, and
@@ -169,15 +209,13 @@ class Run:
 
     def _restore(self) -> tuple[str, int, TrainState, tuple[dict[str, Any], bytes] | None]:
         """(stage, step, state, rollout state): from the newest checkpoint, or a new policy at the first step."""
-        fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
-        if self.settings.induction:
-            fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
         latest = self.checkpointer.latest_step
         if latest is None:
             self.writer.restore(min(self.writer.num_records, 1))  # the record of the demonstrations stays
-            return "cpt", 0, self._fresh_state("cpt", fresh), None
+            return "cpt", 0, self._fresh_state("cpt", self._placed(self._first_params())), None
         stage = str(self.checkpointer.cursor(latest)["stage"])
-        state, cursor, buffer = self.checkpointer.restore(latest, self._fresh_state(stage, fresh))
+        template = self._fresh_state(stage, self._placed(zero_params(self.model)))
+        state, cursor, buffer = self.checkpointer.restore(latest, template)
         self.writer.restore(int(cursor["records"]))
         self.results = dict(cursor["results"])
         self.key = jax.random.wrap_key_data(jax.numpy.array(cursor["prng_key"], "uint32"))
@@ -190,7 +228,7 @@ class Run:
         """Continued pre-training on copy exercises, or SFT on demonstrations."""
         s = self.settings
         if stage == "cpt":
-            batch_at = copy_batches(section, s.copying, self.demonstrations, s.seed)
+            batch_at = copy_batches(section, s.copying, self.demonstrations, self.renderer, s.seed)
         else:
             batch_at = demonstration_batches(section, self.demonstrations, self.renderer, s.seed)
         self.progress.start(stage, section.steps, start)
@@ -204,7 +242,8 @@ class Run:
             self.writer.write(step, stage, {**metrics, "train/tokens_per_second": speed, "time/step": seconds / done})
             self.progress.update(step, loss=metrics["train/loss"], tokens_per_second=speed)
 
-        step_function = make_supervised_step(self.model, make_optimizer(*self._optimizer_of(stage)))
+        optimizer = make_optimizer(*self.settings.optimizer_of(stage))
+        step_function = make_supervised_step(self.model, optimizer, self.mesh)
         save = lambda step, at: self._save(stage, step, at)  # noqa: E731
         every = s.checkpoint.supervised_every
         state = run_supervised(state, start, section, batch_at, step_function, on_metrics, save, every)
@@ -216,16 +255,22 @@ class Run:
         """IPA, with evaluations before, during and after it."""
         s = self.settings
         engine = DecodeEngine(
-            state.params, self.model, s.engine, self.renderer.stop_ids, self.tokenizer.pad_id, version=start
+            self._rollout_params(state.params),
+            self.model,
+            s.engine,
+            self.renderer.stop_ids,
+            self.tokenizer.pad_id,
+            version=start,
+            mesh=self.rollout_mesh,
         )
         engine.warmup()
         sampler = TaskSampler(s.tasks.families, s.tasks.horizons, s.seed, s.tasks.focus, s.tasks.floor)
         trainer = PolicyTrainer(
-            self.model, s.ipa, make_optimizer(*self._optimizer_of("ipa")), s.rl, s.engine.temperature
+            self.model, s.ipa, make_optimizer(*s.optimizer_of("ipa")), s.rl, s.engine.temperature, self.mesh
         )
         trainer.warmup(state)
         with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
-            source = GroupSource(s, runner, sampler)
+            source = GroupSource(s, runner, sampler, self.demonstrations)
             if source_state is not None:
                 source.load_state_dict(*source_state)
             if "warm_start" not in self.results:
@@ -244,6 +289,17 @@ class Run:
                     held_out = self._evaluate(runner, "held_out", s.rl.steps, max(1, s.evaluation.tasks // 3), True)
                     self.results["held_out_families"] = held_out
 
+    def _rollout_params(self, params: Any) -> Any:
+        """The weights as the engine wants them: in the model's dtype, where its mesh has them."""
+        serving = dataclasses.replace(self.model, param_dtype=self.model.dtype)
+        params = self._merge(params)
+        if self.mesh is None and self.rollout_mesh is None and serving == self.model:
+            return params
+        where = jax.devices()[0]
+        if self.rollout_mesh is not None:
+            where = param_shardings(param_specs(serving), self.rollout_mesh)
+        return jax.device_put(jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), params), where)
+
     def _policy_step(
         self, step: int, state: TrainState, trainer: PolicyTrainer, source: GroupSource, engine: DecodeEngine
     ) -> TrainState:
@@ -254,8 +310,9 @@ class Run:
             groups = source.batch(step)
             rolled = time.monotonic()
             keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
-            state, update = trainer.update(state, [t for group in groups for t in group], s.seed + step, annotate=keep)
-            engine.update_params(state.params, step + 1)
+            samples = [t for group in groups for t in group]
+            state, update = trainer.update(state, samples, s.seed + step, keep, source.experts)
+            engine.update_params(self._rollout_params(state.params), step + 1)
             source.buffer.set_version(step + 1)
         ended = time.monotonic()
         metrics = rollout_metrics(groups, step) | update.metrics | source.metrics()
@@ -271,7 +328,7 @@ class Run:
         self.writer.write(step + 1, "ipa", metrics)
         self.progress.update(
             step + 1,
-            success=metrics["train/success"],
+            success=metrics.get("train/success", float("nan")),
             tokens_per_second=metrics["rollout/tokens_per_second"],
             seconds=metrics["time/step"],
         )

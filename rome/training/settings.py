@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,9 +12,11 @@ from rome.envs import FAMILIES, HELD_OUT_FAMILIES
 from rome.envs.families import MAX_HORIZON, MIN_HORIZON
 from rome.ipa import ObjectiveConfig, validate_asynchrony
 from rome.models import ModelConfig
+from rome.models.sharding import MeshConfig
 from rome.rollout import Deadlines, EngineConfig, RolloutConfig
 from rome.training.config import LAUNCH_KEYS, ConfigError, config_to_dataclass
 from rome.training.policy import PolicySettings
+from rome.training.resampling import ResamplingSettings
 from rome.training.state import OptimizerConfig
 
 
@@ -21,6 +24,11 @@ def _at_least(section: object, **limits: float) -> None:
     for name, limit in limits.items():
         if not getattr(section, name) >= limit:
             raise ValueError(f"{name}: expected at least {limit}, found {getattr(section, name)!r}")
+
+
+def _multiple(name: str, value: int, of: str, ways: int) -> None:
+    if value % ways:
+        raise ValueError(f"{name}: expected a multiple of {ways} (the ways in which {of} splits it), found {value}")
 
 
 @dataclass(frozen=True)
@@ -147,13 +155,51 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class PretrainedModel:
+    """The section `model` of a run that starts from a published model: its folder, and how it is computed.
+
+    The fields but `pretrained` are those of `ModelConfig` that the folder's `config.json` does not determine.
+    """
+
+    pretrained: str
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+    scan_layers: bool = True
+    head_chunk: int = 1024
+    moe_dispatch: str = "auto"
+    attention_kernel: str = "auto"
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """The arguments of `rome.models.families.from_hf_config`."""
+        return {name: value for name, value in asdict(self).items() if name != "pretrained"}
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """How training, and how rollouts, spread over the devices (`rome.models.sharding`)."""
+
+    train: MeshConfig = field(default_factory=MeshConfig)
+    rollout: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if self.rollout.context > 1:
+            raise ValueError(f"rollout.context: expected 1 (a token is decoded whole), found {self.rollout.context}")
+
+
+@dataclass(frozen=True)
 class RunSettings:
-    """A whole config file. `induction`: start with `rome.models.init_induction`."""
+    """A whole config file. `induction`: start with `rome.models.init_induction`.
+
+    `model` has the fields of `ModelConfig`, or those of `PretrainedModel` to start from a published model.
+    `vocab_size` and `digits_per_token` are those of the tokenizer that the run trains: none if it starts from such one.
+    """
 
     name: str
     seed: int
-    vocab_size: int
-    digits_per_token: int
     model: dict[str, Any]
     induction: bool
     tasks: TaskSettings
@@ -168,10 +214,20 @@ class RunSettings:
     rollout: RolloutSettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
+    resampling: ResamplingSettings = field(default_factory=ResamplingSettings)
+    vocab_size: int | None = None
+    digits_per_token: int | None = None
     tensorboard: bool = True
+    mesh: MeshSettings = field(default_factory=MeshSettings)
 
     def __post_init__(self) -> None:
         _at_least(self, seed=0)
+        _multiple("rl.micro_rows", self.rl.micro_rows, "mesh.train", self.mesh.train.row_shards)
+        _multiple("engine slots a cohort", self.engine.slots_per_cohort, "mesh.rollout", self.mesh.rollout.row_shards)
+        prompts = min(self.engine.prompt_rows, self.engine.slots_per_cohort)
+        _multiple("engine.prompt_rows", prompts, "mesh.rollout", self.mesh.rollout.row_shards)
+        shards = self.mesh.train.context * self.mesh.train.tensor
+        _multiple("rl.row_length", self.rl.row_length, "mesh.train context × tensor", shards)
         if self.rl.max_chunks < self.environment.max_chunks:
             raise ValueError(
                 f"rl.max_chunks: expected at least environment.max_chunks = {self.environment.max_chunks}, "
@@ -179,11 +235,41 @@ class RunSettings:
             )
         if self.rl.router_replay and not self.engine.record_experts:
             raise ValueError("rl.router_replay: expected engine.record_experts to be True too, found False")
-        if self.engine.record_experts and not self.model.get("num_experts"):
+        own = {"vocab_size": self.vocab_size, "digits_per_token": self.digits_per_token}
+        for name, value in own.items():
+            if (value is None) != self.starts_pretrained:
+                expected = "none with model.pretrained" if self.starts_pretrained else "an integer"
+                raise ValueError(f"{name}: expected {expected}, found {value!r}")
+        if self.starts_pretrained and self.induction:
+            raise ValueError("induction: expected False with model.pretrained, found True")
+        if self.engine.record_experts and not self.starts_pretrained and not self.model.get("num_experts"):
             raise ValueError("engine.record_experts: expected model.num_experts > 0, found a dense model")
 
+        experts = self.resampling.fraction > 0 and self.resampling.source == "demonstration"
+        if self.ipa.imitation != "off" and not experts:
+            raise ValueError(
+                "ipa.imitation: expected off, or resampling.fraction > 0 from demonstrations (there is nobody else to "
+                f"imitate), found {self.ipa.imitation!r}"
+            )
+
+    @property
+    def starts_pretrained(self) -> bool:
+        return "pretrained" in self.model
+
+    @cached_property
+    def pretrained(self) -> PretrainedModel | None:
+        """Which published model the run starts from, if it does. Raises ConfigError, naming the key."""
+        return config_to_dataclass(PretrainedModel, self.model, "model") if self.starts_pretrained else None
+
+    def optimizer_of(self, stage: str) -> tuple[OptimizerConfig, int]:
+        """The optimizer of a stage, and its number of updates."""
+        if stage == "ipa":
+            return self.rl.optimizer, self.rl.steps * self.rl.updates_per_batch
+        section: SupervisedSettings = getattr(self, stage)
+        return section.optimizer, section.steps
+
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model with the vocabulary that its tokenizer really has."""
+        """A model from nothing, with the vocabulary that its tokenizer really has."""
         return config_to_dataclass(ModelConfig, {**self.model, "vocab_size": vocab_size}, "model")
 
 
@@ -192,7 +278,8 @@ def load_settings(config: ConfigDict) -> RunSettings:
     plain = {key: value for key, value in config.items() if key not in LAUNCH_KEYS}
     model = dict(plain.pop("model", {}))
     settings = config_to_dataclass(RunSettings, {**plain, "model": model}, "config")
-    settings.model_config(settings.vocab_size)
+    if settings.pretrained is None:
+        settings.model_config(settings.vocab_size)
     try:
         validate_asynchrony(settings.ipa, settings.rollout.async_ratio, settings.rollout.allow_unmasked)
     except ValueError as error:

@@ -11,6 +11,11 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import struct
+from jax.sharding import Mesh
+
+from rome.models import ModelConfig
+from rome.models.lora import specs_like, trained
+from rome.models.sharding import param_shardings, replicated
 
 Params = Any
 
@@ -22,6 +27,9 @@ class OptimizerConfig:
     `schedule`: constant or cosine (to 10 % of the peak) after a linear warm-up of `warmup_steps` updates.
     `learning_rate` is the peak; `adam_learning_rate` is Adam's part under Muon (Jordan 2024; updates scaled to AdamW's
     root mean square as in Liu et al. 2025, arXiv 2502.16982). Weight decay leaves norm scales alone.
+
+    Moments are float32 whatever the parameters are. With `rounding` "stochastic", parameters must be bfloat16 and need
+    no float32 masters: an update too small for their 8 bits survives in the mean.
     """
 
     learning_rate: float
@@ -34,12 +42,15 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer.name: expected 'adamw' or 'muon', found {self.name!r}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"optimizer.schedule: expected 'constant' or 'cosine', found {self.schedule!r}")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"optimizer.rounding: expected 'nearest' or 'stochastic', found {self.rounding!r}")
         if (self.adam_learning_rate is not None) != (self.name == "muon"):
             raise ValueError("optimizer.adam_learning_rate: expected a number for 'muon' and None for 'adamw'")
         ranges = {
@@ -60,7 +71,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """clip by global norm → AdamW or Muon → schedule over `total_steps` updates."""
+    """clip by global norm → AdamW or Muon, in float32 → schedule over `total_steps` updates → rounding."""
     if config.name == "muon":
         optimizer = optax.contrib.muon(
             _schedule(config, config.learning_rate, total_steps),
@@ -81,7 +92,56 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             weight_decay=config.weight_decay,
             mask=_decayed,
         )
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+    chain = _in_float32(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer))
+    return chain if config.rounding == "nearest" else optax.chain(chain, round_stochastically())
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def cast(tree: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def update(gradients: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+        return optimizer.update(cast(gradients), state, cast(params))
+
+    return optax.GradientTransformation(lambda params: optimizer.init(cast(params)), update)
+
+
+def round_stochastically(seed: int = 0) -> optax.GradientTransformation:
+    """Turns updates of bfloat16 parameters into such as lead to one of the two bfloat16 neighbours of the exact sum,
+    each with the probability that makes the mean exact. The last of a chain.
+
+    Raises ValueError for parameters of another dtype.
+    """
+
+    def init(params: Params) -> optax.ScaleByScheduleState:
+        others = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {"bfloat16"})
+        if others:
+            raise ValueError(f"optimizer.rounding: 'stochastic' expected bfloat16 parameters, found {others}")
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
+
+        def rounded(change: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
+            old = param.astype(jnp.float32)
+            return bfloat16_stochastically(old + change.astype(jnp.float32), key).astype(jnp.float32) - old
+
+        return jax.tree.map(rounded, updates, params, keys), state._replace(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def bfloat16_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 → bfloat16, up or down at random, exact in the mean (infinities and NaN stay).
+
+    The lower 16 bits of a float32 are what bfloat16 lacks: 16 random bits, added, carry into the rest just as often.
+    """
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    moved = jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
+    return moved.astype(jnp.bfloat16)
 
 
 def _schedule(config: OptimizerConfig, peak: float, total_steps: int) -> optax.Schedule:
@@ -125,6 +185,43 @@ class TrainState:
     opt_state: optax.OptState
 
 
+def params_shardings(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
+    """Where parameters lie, and their adapters if they have any."""
+    return param_shardings(specs_like(params, config), mesh)
+
+
+def state_shardings(
+    state: TrainState, optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh
+) -> TrainState:
+    """Where a state lies, as a `TrainState` of shardings: what the optimizer keeps for a parameter lies with it, the
+    rest (counters) everywhere. `state` may be abstract."""
+    whole, params = replicated(mesh), params_shardings(state.params, config, mesh)
+    kept = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
+        state.opt_state,
+        trained(params),
+        transform_non_params=lambda _: whole,
+        is_leaf=_is_masked,
+    )
+    return TrainState(step=whole, params=params, opt_state=kept)
+
+
+def _is_masked(leaf: Any) -> bool:
+    """A part of an optimizer keeps nothing for this parameter (Muon's for what is no matrix, Adam's for the rest)."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def init_state_on(
+    mesh: Mesh | None, params: Params, optimizer: optax.GradientTransformation, config: ModelConfig
+) -> TrainState:
+    """`init_state`, made where it will lie."""
+    if mesh is None:
+        return init_state(params, optimizer)
+    shardings = state_shardings(jax.eval_shape(lambda p: init_state(p, optimizer), params), optimizer, config, mesh)
+    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state at update 0 around `params`."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(trained(params)))

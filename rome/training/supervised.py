@@ -10,7 +10,7 @@ import numpy as np
 from rome.data import copy_exercises, relabel, relabelling
 from rome.envs.families.words import WORDS
 from rome.ipa import sft_chunk_mask
-from rome.models import SPECIAL_TOKENS, ChatRenderer
+from rome.models import Renderer
 from rome.training.packing import pack_trajectories
 from rome.training.settings import CopySettings, SupervisedSettings
 from rome.training.state import TrainState
@@ -21,12 +21,16 @@ BatchAt = Callable[[int], SupervisedBatch]
 
 
 def copy_batches(
-    settings: SupervisedSettings, copying: CopySettings, demonstrations: Sequence[Trajectory], seed: int
+    settings: SupervisedSettings,
+    copying: CopySettings,
+    demonstrations: Sequence[Trajectory],
+    renderer: Renderer,
+    seed: int,
 ) -> BatchAt:
     """Step → batch of copy exercises over the tokens that the demonstrations use. A pure function of (seed, step)."""
     parts = [tokens for t in demonstrations for _, tokens in t.segments()]
     used = np.unique(np.concatenate(parts))
-    vocabulary = used[used >= len(SPECIAL_TOKENS)].astype(np.int32)
+    vocabulary = used[~np.isin(used, list(renderer.tokenizer.special.values()))].astype(np.int32)
     mask = np.ones((settings.rows, 1), bool)
 
     def batch(step: int) -> SupervisedBatch:
@@ -40,7 +44,7 @@ def copy_batches(
 
 
 def demonstration_batches(
-    settings: SupervisedSettings, demonstrations: Sequence[Trajectory], renderer: ChatRenderer, seed: int
+    settings: SupervisedSettings, demonstrations: Sequence[Trajectory], renderer: Renderer, seed: int
 ) -> BatchAt:
     """Step → batch of packed demonstrations, their names and numbers drawn anew. A pure function of (seed, step).
 

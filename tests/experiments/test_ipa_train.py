@@ -313,6 +313,23 @@ def test_an_interrupted_run_ends_like_one_that_was_not(reference, environment, t
     assert list(temporary.iterdir()) == []
 
 
+def test_resampling_from_prefixes_resumes_exactly(environment, tmp_path):
+    """Half of the groups start from an expert's prefix, and who fails there imitates: killed between two batches."""
+    arguments = ["--config.resampling.fraction=0.5", "--config.ipa.imitation=fallback"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(whole, environment, *arguments)
+    ipa = [record for record in records(whole) if record["stage"] == "ipa"]
+    assert [record["resampling/groups"] for record in ipa] == [1.0] * 4
+    assert any(record["resampling/imitated"] > 0 for record in ipa)
+    assert [record["compile/programs"] for record in ipa] == [0.0] * 4
+
+    run = Run(killed, environment, *arguments)
+    run.halt(has_record(run, "ipa", 3))  # the checkpoint before it is step 2's
+    run.send(signal.SIGKILL)
+    assert "continuing at ipa step 2" in finished(killed, environment, *arguments)
+    assert records(killed) == records(whole)
+
+
 def test_asynchronous_run_ends_and_resumes(environment, tmp_path):
     """Staleness stays within the ratio; with two updates a batch, ratios leave 1."""
     arguments = ["--config.rollout.async_ratio=1", "--config.rl.steps=6", "--config.rl.updates_per_batch=2"]

@@ -45,6 +45,15 @@ def test_shell_that_eats_the_memory_itself():
         assert sandbox.session().run("echo ok").output == "ok\n"
 
 
+def test_at_the_memory_limit_the_sandboxs_own_processes_go_last():
+    """A killed shell may linger; the kernel's next choice must not be what keeps the sandbox alive."""
+    with _start() as sandbox:
+        scores = "cat /proc/self/oom_score_adj /proc/1/oom_score_adj"
+        for output in (sandbox.session().run(scores).output, sandbox.execute(scores).output):
+            agents, first_process = (int(line) for line in output.split())
+            assert agents == 1000 > first_process
+
+
 def test_fork_bomb_is_bounded_and_ends_with_its_command():
     with _start(pids=32) as sandbox:
         session = sandbox.session()

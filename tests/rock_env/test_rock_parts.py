@@ -57,7 +57,7 @@ def _version_2(directory):
     hierarchies.version = 2
     hierarchies.base = dict.fromkeys(("memory", "pids", "cpu"), str(directory))
     (directory / "rock-test").mkdir()
-    return cgroups.Group(hierarchies, "rock-test", "box")
+    return cgroups.Group.make(hierarchies, "rock-test", "box")
 
 
 def test_version_2_limits_and_statistics(tmp_path):
@@ -81,6 +81,37 @@ def test_version_2_limits_and_statistics(tmp_path):
     assert group.oom_kills() == 4
 
 
+@pytest.mark.parametrize(
+    ("membership", "mountinfo", "version", "memory"),
+    [  # as a container sees them: version 2 in a cgroup namespace; version 1, named as the host sees it
+        ("0::/\n", "30 20 0:5 / {0} ro,nosuid - cgroup2 cgroup ro\n", 2, "{0}"),
+        (
+            "4:memory:/docker/abc\n3:pids:/docker/abc\n0::/docker/abc\n",
+            "31 20 0:6 /docker/abc {0}/memory ro - cgroup cgroup ro,memory\n"
+            "32 20 0:7 /docker/abc {0}/pids ro - cgroup cgroup ro,pids\n",
+            1,
+            "{0}/memory",
+        ),
+        ("0::/\n4:memory:/elsewhere\n", "31 20 0:6 / {0}/memory ro - cgroup cgroup ro,memory\n", 1, "{0}/memory"),
+    ],
+)
+def test_a_container_finds_its_own_group(membership, mountinfo, version, memory, tmp_path, monkeypatch):
+    for name in ("memory", "pids"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids hugetlb\n")
+    (tmp_path / "cpu.stat").write_text("usage_usec 5\n")
+    texts = {"/proc/self/cgroup": membership, "/proc/self/mountinfo": mountinfo.format(tmp_path)}
+    read = cgroups._read
+    monkeypatch.setattr(cgroups, "_read", lambda path: texts.get(path) or read(path))
+    group = cgroups.Group.own()
+    assert group.version == version
+    expected = memory.format(tmp_path)
+    for file in ("memory.current", "memory.usage_in_bytes"):
+        Path(expected, file).write_text("77\n")
+    assert group.usage()["memory_bytes"] == 77
+    assert expected in group.directories
+
+
 def test_version_2_freezer_on_a_real_hierarchy(tmp_path):
     """The core of version 2 (freezing) needs no controller, so machines with both versions can test it."""
     points = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2] == "cgroup2"]
@@ -91,7 +122,7 @@ def test_version_2_freezer_on_a_real_hierarchy(tmp_path):
     hierarchies.base = {"freezer": points[0]}
     supervisor = f"rock-test-{os.getpid()}"
     os.mkdir(f"{points[0]}/{supervisor}")
-    group = cgroups.Group(hierarchies, supervisor, "box")
+    group = cgroups.Group.make(hierarchies, supervisor, "box")
     process = subprocess.Popen(["bash", "-c", "while :; do :; done"])
     try:
         Path(group.directories[0], "cgroup.procs").write_text(str(process.pid))

@@ -12,6 +12,7 @@ from rome.models import token_log_probs
 from rome.training.compilations import count_compilations
 from rome.training.packing import pack_trajectories
 from rome.training.policy import PolicySettings
+from rome.training.resampling import Expert
 from rome.training.state import OptimizerConfig
 
 # log-ratios of these trajectories to the untrained model are far from 0: nothing is to be masked, nor near a clip
@@ -199,21 +200,37 @@ def test_mismatch_metrics_compare_the_trainer_with_the_sampler():
     assert 0 < update.metrics["train/entropy"] <= np.log(DENSE.vocab_size) + 1e-6
 
 
-def test_intrinsic_rewards_and_expert_prefixes_reach_the_batch():
+def test_intrinsic_rewards_reach_the_batch():
     given = trajectories(7, rewards=(0.0,))
     rewards = np.array([0.5], np.float32)
     paid = [dataclasses.replace(t, intrinsic_rewards=np.repeat(rewards, len(t.chunks))) for t in given]
-    objective = ObjectiveConfig(gamma=1.0, imitation="always", **WIDE)
+    objective = ObjectiveConfig(gamma=1.0, **WIDE)
     runner, state = trainer(DENSE, objective, settings())
     _, update = runner.update(state, paid, 0, annotate=True)
     for t in given:
         count = len(t.chunks)
         assert update.annotations[t.id]["returns"] == pytest.approx([0.5 * (count - k) for k in range(count)])
-    led = [dataclasses.replace(t, prefix_chunks=len(t.chunks) - 1, final_reward=1.0) for t in given]
+
+
+def test_a_replayed_prefix_is_context_and_an_expert_is_imitated_once():
+    given = trajectories(7, rewards=(0.0,))
+    led = [dataclasses.replace(t, prefix_chunks=len(t.chunks) - 1) for t in given]
+    expert = dataclasses.replace(given[3], id="expert", final_reward=1.0)
+    assert len(expert.chunks) == 4
+    objective = ObjectiveConfig(failure_reward=-1.0, baseline="group_mean", gamma=0.5, imitation="always", **WIDE)
     runner, state = trainer(DENSE, objective, settings())
-    _, update = runner.update(state, led, 0)
-    expected = sum(len(chunk.tokens) for t in given for chunk in t.chunks[:-1])
-    assert update.metrics["train/imitation_tokens"] == expected
+    runner.warmup(state)
+    with count_compilations() as compiled:
+        # all failed alike: with a baseline they teach nothing, but the expert's part does, undiscounted by its own
+        state, update = runner.update(state, led, 0, annotate=True, experts=[Expert(expert, 2)])
+    assert compiled.count == 0
+    assert update.metrics["train/imitation_tokens"] == sum(len(chunk.tokens) for chunk in expert.chunks[:2])
+    assert update.metrics["train/tokens"] == update.metrics["train/entropy"] == 0  # nothing sampled is trained
+    assert update.annotations["expert"]["returns"] == [0.125, 0.25]  # of its whole trajectory, not of the part
+    assert update.metrics["train/grad_norm"] > 0
+    rows = pack_trajectories(led, 48, 8)
+    trained = sorted(rows.tokens[rows.chunk_ids >= 0].tolist())
+    assert trained == sorted(token for t in led for token in t.chunks[-1].tokens.tolist())
 
 
 def test_nothing_compiles_after_the_warm_up():

@@ -5,10 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_toys import DENSE, MOE, distance, params_of
+from training_toys import DENSE, MOE, SHALLOW, distance, params_of
 
 from rome.models import init_params
-from rome.training.state import OptimizerConfig, _matrices, _schedule, init_state, make_optimizer
+from rome.models.lora import LoraConfig, adapt, merge
+from rome.training.state import (
+    OptimizerConfig,
+    _matrices,
+    _schedule,
+    bfloat16_stochastically,
+    init_state,
+    make_optimizer,
+)
 from rome.training.steps import SupervisedBatch, make_supervised_step
 
 ADAMW = OptimizerConfig(learning_rate=1e-2)
@@ -138,10 +146,72 @@ def test_the_gradient_is_clipped_by_its_global_norm(config):
     assert distance(one, hundred) < 1e-5
 
 
+def _bfloat16(params):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+
+
+def test_bfloat16_is_rounded_to_a_neighbour_and_right_in_the_mean():
+    exact = jnp.float32(1.0 + 2**-10)  # an eighth of the way from 1 to the next bfloat16, 1 + 2^-7
+    drawn = np.asarray(bfloat16_stochastically(jnp.full((20_000,), exact), jax.random.key(0)), np.float64)
+    assert set(drawn) == {1.0, 1.0 + 2**-7}
+    assert np.mean(drawn > 1) == pytest.approx(1 / 8, abs=4 * np.sqrt(1 / 8 * 7 / 8 / 20_000))
+    down = np.asarray(bfloat16_stochastically(jnp.full((20_000,), -exact), jax.random.key(1)), np.float64)
+    assert set(down) == {-1.0, -1.0 - 2**-7}
+    kept = jnp.array([0.0, 0.5, -3.0, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    np.testing.assert_array_equal(bfloat16_stochastically(kept, jax.random.key(2)).astype(jnp.float32), kept)
+
+
+def test_small_updates_of_bfloat16_parameters_need_stochastic_rounding():
+    """100 updates of 2^-10 on a parameter of 1, whose neighbour is 2^-7 away: rounded to nearest it never moves."""
+    found = {}
+    for rounding in ("nearest", "stochastic"):
+        config = OptimizerConfig(learning_rate=2**-10, beta1=0.0, beta2=0.0, rounding=rounding)
+        optimizer, params = make_optimizer(config, 100), {"w": jnp.ones((512,), jnp.bfloat16)}
+        state = init_state(params, optimizer)
+        assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state.opt_state))
+
+        @jax.jit
+        def step(params, opt_state, optimizer=optimizer):
+            updates, opt_state = optimizer.update({"w": jnp.ones((512,), jnp.bfloat16)}, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        opt_state = state.opt_state
+        for _ in range(100):
+            params, opt_state = step(params, opt_state)
+        assert params["w"].dtype == jnp.bfloat16
+        found[rounding] = float(params["w"].astype(jnp.float32).mean())
+    assert found["nearest"] == 1.0
+    assert found["stochastic"] == pytest.approx(1 - 100 * 2**-10, abs=0.004)
+
+
+def test_stochastic_rounding_refuses_float32_parameters():
+    optimizer = make_optimizer(dataclasses.replace(ADAMW, rounding="stochastic"), 10)
+    with pytest.raises(ValueError, match=r"optimizer.rounding: 'stochastic' expected bfloat16 .* \['float32'\]"):
+        optimizer.init(params_of(DENSE))
+
+
+def test_lora_trains_its_adapters_and_nothing_else():
+    optimizer = make_optimizer(dataclasses.replace(ADAMW, learning_rate=3e-2), 20)
+    base = params_of(SHALLOW)
+    lora = LoraConfig(rank=4, targets=("wq", "wv", "wo", "gate", "up", "down", "embedding"))
+    state = init_state(adapt(jax.tree.map(jnp.array, base), SHALLOW, lora, jax.random.key(1)), optimizer)
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(state.params.adapters))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 2 * adapters + 10
+    step = make_supervised_step(SHALLOW, optimizer)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, _batch())
+        losses.append(float(metrics["train/loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    assert distance(state.params.base, base) == 0
+    assert distance(merge(state.params), base) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("name", "sgd"),
+        ("rounding", "up"),
         ("schedule", "linear"),
         ("adam_learning_rate", 1e-3),
         ("learning_rate", -1.0),

@@ -51,6 +51,18 @@ def load_pretrained(folder: str | Path, shardings: Any = None, **runtime: Any) -
     return config, load_params(read_folder(folder), config, shardings)
 
 
+def check_pretrained(folder: str | Path, **runtime: Any) -> ModelConfig:
+    """The config of a Hugging Face folder whose weights `load_pretrained` would load: names, shapes, whole files.
+
+    Raises:
+        ConfigError, WeightsError: as `load_pretrained` does.
+    """
+    config = load_config(folder, **runtime)
+    tensors = split_fused_experts(read_folder(folder))
+    _check(tensors, config, [slot for _, _, slots in leaf_slots(config) for slot in slots])
+    return config
+
+
 def load_params(tensors: Tensors, config: ModelConfig, shardings: Any = None) -> Params:
     """Parameters in ``config.param_dtype`` from a checkpoint's tensors.
 
@@ -58,7 +70,7 @@ def load_params(tensors: Tensors, config: ModelConfig, shardings: Any = None) ->
     needs, and one shard of one leaf is in host memory at a time.
 
     Args:
-        tensors: from `read_folder` or `read_safetensors`.
+        tensors: from `read_folder` or `read_safetensors`, or under the same names from elsewhere.
         config: the model's config.
         shardings: a pytree of `jax.sharding.Sharding` like `param_specs`; None puts all on the default device.
 

@@ -89,10 +89,10 @@ def _saved_tokenizer(directory: Path, problems: list[str]) -> Decode | None:
     folder = directory / "tokenizer"
     if not folder.is_dir():
         return None
-    from rome.models import Tokenizer  # here, because a report without it needs no JAX
+    from rome.training.pretrained import kept_tokenizer  # here, because a report without it needs no JAX
 
     try:
-        return Tokenizer.load(folder).decode
+        return kept_tokenizer(directory).decode
     except ValueError as error:
         problems.append(f"tokenizer: {error}")
         return None

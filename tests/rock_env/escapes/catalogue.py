@@ -28,6 +28,8 @@ class Attack:
       records: audit records that it must leave, each as the fields that matter: {"event": ..., ...}.
       lines: how many attempts the program reports (None: depends on the machine).
       control: the program also runs outside, where each of its attempts must succeed: the attack itself is sound.
+      needs: a backend without this capability refuses to start such a sandbox at all.
+      docker: what stops it in a Docker container, where that is something else. What is on record is the same.
     """
 
     title: str
@@ -36,6 +38,8 @@ class Attack:
     records: tuple[dict, ...] = ()
     lines: int | None = 1
     control: bool = False
+    needs: str = "network_closed"
+    docker: str = ""
 
 
 def _denied(*names: str) -> tuple[dict, ...]:
@@ -85,13 +89,13 @@ ATTACKS = (
         _called("connect"), lines=3,
     ),
     Attack("the kernel's settings and memory, the first process, by /proc", "proc", "user namespace, Landlock",
-           lines=10),
+           lines=10, docker="a user of its own, read-only or hidden /proc and /sys, a rocklet that is not dumpable"),
     *(
         Attack(group, "system_calls", "seccomp, no capabilities", _denied(*calls), lines=len(calls))
         for group, calls in CALL_GROUPS.items()
     ),
     Attack("device nodes and the host's devices", "devices", "seccomp, Landlock, user namespace, private /dev",
-           _denied("mknodat"), lines=10),
+           _denied("mknodat"), lines=10, docker="seccomp, Landlock, no capabilities, private /dev"),
     Attack("raw, packet, hypervisor and kernel sockets", "raw_sockets", "seccomp, no capabilities",
            _denied("socket"), 5),
     Attack("TCP to a listener on the host", "tcp", _NAMESPACE, _called("connect"), 2, control=True),
@@ -101,19 +105,21 @@ ATTACKS = (
            control=True),
     Attack(
         "DNS: a secret in a name for the egress proxy", "dns_by_proxy", "the proxy resolves only what a rule names",
-        ({"event": "egress", "verdict": "denied", "reason": "no rule allows it"},), 2,
+        ({"event": "egress", "verdict": "denied", "reason": "no rule allows it"},), 2, needs="network_allowlist",
     ),
     Attack("reverse SSH tunnel", "reverse_ssh", _NAMESPACE, _called("connect"), None, control=True),
     Attack(
         "reverse SSH tunnel through the egress proxy, to a host that a rule names for https", "reverse_ssh",
         "the proxy lets only TLS for that host through",
         ({"event": "egress", "verdict": "denied", "reason": "the tunnel does not begin with TLS"},),
+        needs="network_allowlist",
     ),
     Attack("abstract unix sockets of the host", "abstract_sockets", "network namespace", control=True),
     Attack("signals to the host's processes", "signals", "pid namespace", lines=3, control=True),
     Attack("fork bomb", "fork_bomb", "pids limit", ({"event": "limit_hit", "limit": "pids"},)),
     Attack("memory bomb", "memory_bomb", "memory limit", ({"event": "limit_hit", "limit": "memory_bytes"},)),
-    Attack("disk fill", "disk_fill", "size of the writable layer", ({"event": "limit_hit", "limit": "disk_bytes"},), 2),
+    Attack("disk fill", "disk_fill", "size of the writable layer", ({"event": "limit_hit", "limit": "disk_bytes"},), 2,
+           docker="read-only root, size of each writable place"),
     Attack("a miner's CPU use", "miner", "CPU limit", ({"event": "limit_hit", "limit": "cpus"},)),
     Attack("links and archives planted for the host to follow", "links",
            "openat2(RESOLVE_IN_ROOT); no link is followed", lines=0),
@@ -135,9 +141,11 @@ def _records_of(attack: Attack) -> str:
 
 def table() -> str:
     """The attacks as a Markdown table."""
-    lines = ["| attack | what stops it | on record | test |", "|---|---|---|---|"]
+    lines = ["| attack | what stops it | on record | in Docker | test |", "|---|---|---|---|---|"]
     for attack in ATTACKS:
-        lines.append(f"| {attack.title} | {attack.stopped_by} | {_records_of(attack)} | `{name_of(attack)}` |")
+        docker = attack.docker or ("alike" if attack.needs == "network_closed" else "refused: no allowlist there")
+        row = (attack.title, attack.stopped_by, _records_of(attack), docker, f"`{name_of(attack)}`")
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 

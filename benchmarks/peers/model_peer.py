@@ -1,0 +1,257 @@
+"""One side of `benchmarks/model.py`, in a process of its own: does the same work each time a line comes in.
+
+    python benchmarks/peers/model_peer.py PEER TASK FOLDER
+
+Prints a JSON line when it is ready, and one for every line that it reads: seconds of processor time and what came out
+(a loss, or tokens), for the sides to be compared; at the end of its input, its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROWS, LENGTH = 4, 256
+LEARNING_RATE, BETAS, EPSILON, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 1.0
+NEW = 64
+
+Work = Callable[[], Any]
+
+
+def tokens_of(folder: Path) -> Any:
+    """int32[ROWS, LENGTH]: random, the same for all sides."""
+    import numpy as np
+
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return np.random.default_rng(0).integers(0, vocab, (ROWS, LENGTH)).astype(np.int32)
+
+
+def prompt_of(folder: Path) -> list[int]:
+    return json.loads((folder / "prompt.json").read_text())
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours_train(folder: Path) -> Work:
+    import numpy as np
+
+    from rome.models.weights import load_pretrained
+    from rome.training.platform import keep_freed_memory
+    from rome.training.state import OptimizerConfig, init_state, make_optimizer
+    from rome.training.steps import SupervisedBatch, make_supervised_step
+
+    keep_freed_memory()
+    config, params = load_pretrained(folder, scan_layers=False)
+    optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, max_grad_norm=MAX_NORM), 1)
+    state = init_state(params, optimizer)
+    del params  # donated by the first step
+    step = make_supervised_step(config, optimizer)
+    tokens = tokens_of(folder)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    chunks = np.where(positions == 0, -1, 0).astype(np.int32)  # nothing predicts the first token
+    batch = SupervisedBatch(tokens, positions, np.ones_like(tokens), chunks, np.ones((ROWS, 1), bool))
+
+    def work() -> float:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["train/loss"])
+
+    return work
+
+
+def ours_logprob(folder: Path) -> Work:
+    import jax
+    import numpy as np
+
+    from rome.models import token_log_probs
+    from rome.models.weights import load_pretrained
+    from rome.training.platform import keep_freed_memory
+
+    keep_freed_memory()
+    config, params = load_pretrained(folder, scan_layers=False)
+    tokens = tokens_of(folder)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    score = jax.jit(lambda params, *inputs: token_log_probs(params, config, *inputs)[0])
+
+    def work() -> float:
+        return float(np.asarray(score(params, tokens, positions, np.ones_like(tokens)))[:, 1:].mean())
+
+    return work
+
+
+def ours_decode(folder: Path, rows: int) -> Work:
+    import numpy as np
+
+    from rome.models.weights import load_pretrained
+    from rome.rollout import DecodeEngine, EngineConfig
+    from rome.training.platform import keep_freed_memory
+
+    keep_freed_memory()
+    config, params = load_pretrained(folder)
+    prompt = np.array(prompt_of(folder), np.int32)
+    size = len(prompt)
+    settings = EngineConfig(
+        slots=rows, cohorts=1, max_length=size + NEW, extend_buckets=(size,), max_chunk_tokens=NEW, temperature=0.0
+    )
+    never = frozenset([config.vocab_size - 1])  # a token that the model does not say
+    engine = DecodeEngine(params, config, settings, never, 0)
+    del params  # the engine has a copy
+    engine.warmup()
+
+    def work() -> list[int]:
+        for slot in range(rows):
+            engine.insert(slot, slot)
+        sampled = engine.generate(0, dict.fromkeys(range(rows), prompt))
+        for slot in range(rows):
+            engine.free(slot)
+        assert all(len(chunk.tokens) == NEW for chunk in sampled.values())
+        return sampled[0].tokens.tolist()
+
+    return work
+
+
+# --- Hugging Face transformers ----------------------------------------------------------------------------------------
+
+
+def _torch_model(folder: Path, experts: str) -> Any:
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    options = {} if experts == "default" else {"experts_implementation": experts}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options)
+
+
+def hf_train(folder: Path, experts: str = "default") -> Work:
+    import torch
+
+    model = _torch_model(folder, experts).train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0)
+    tokens = torch.tensor(tokens_of(folder)).long()
+
+    def work() -> float:
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        return loss.item()
+
+    return work
+
+
+def hf_logprob(folder: Path, experts: str = "default") -> Work:
+    import torch
+
+    model = _torch_model(folder, experts).eval()
+    tokens = torch.tensor(tokens_of(folder)).long()
+
+    @torch.no_grad()
+    def work() -> float:
+        logits = model(input_ids=tokens).logits[:, :-1]
+        chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0]
+        return float((chosen - logits.logsumexp(-1)).mean())
+
+    return work
+
+
+def hf_decode(folder: Path, rows: int) -> Work:
+    import torch
+
+    model = _torch_model(folder, "default").eval()
+    prompt = torch.tensor([prompt_of(folder)] * rows)
+
+    def work() -> list[int]:
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return out[0, prompt.shape[1] :].tolist()
+
+    return work
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def llama_decode(file: Path) -> Work:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    prompt = prompt_of(file.parent)
+    request = {"prompt": prompt, "max_tokens": NEW, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+
+    def work() -> list[int]:
+        answer = server.handle_completions(request | {"n_probs": 1})
+        return [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
+
+    return work
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def build(peer: str, task: str, folder: Path) -> Work:
+    """``task``: train, logprob, or decode with a number of rows (decode8)."""
+    if task.startswith("decode"):
+        rows = int(task.removeprefix("decode"))
+        if peer in ("llama-f32", "llama-q4"):
+            assert rows == 1
+            return llama_decode(folder / ("f32.gguf" if peer == "llama-f32" else "q4_1.gguf"))
+        return {"ours": ours_decode, "hf": hf_decode}[peer](folder, rows)
+    if peer.startswith("hf-"):
+        return {"train": hf_train, "logprob": hf_logprob}[task](folder, peer.removeprefix("hf-"))
+    if peer == "tunix":
+        from tunix_peer import logprob, train
+
+        return {"train": train, "logprob": logprob}[task](folder, tokens_of(folder))
+    makers = {"ours": (ours_train, ours_logprob), "hf": (hf_train, hf_logprob)}
+    return makers[peer][task == "logprob"](folder)
+
+
+def import_libraries(peer: str) -> None:
+    """What the memory of a side is counted from."""
+    if peer == "ours":
+        pass
+    elif peer.startswith("hf"):
+        import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    elif peer == "tunix":
+        import tunix_peer  # noqa: F401
+    else:
+        import xllamacpp  # noqa: F401
+
+
+def say(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def main(peer: str, task: str, folder: str) -> None:
+    import_libraries(peer)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work = build(peer, task, Path(folder))
+    first = work()  # compiles, or warms caches
+    say(first=first)
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        value = work()
+        say(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall, value=value)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    say(peak_mb=peak / 1024, own_mb=(peak - before) / 1024)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The Docker backend of the sandboxes; see rock_env.docker.backend."""
