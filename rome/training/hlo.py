@@ -199,7 +199,7 @@ def _parse(text: str) -> dict[str, tuple[bool, list[Instruction]]]:
             name = line.removeprefix("ENTRY").split()[0].lstrip("%")
             body = []
             computations[name] = (is_entry, body)
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, "):  # "}}, metadata=..." ends an instruction of several lines
             body = None
         elif body is not None and (found := _LINE.match(line)):
             body.append(_instruction(bool(found[1]), found[2], found[3]))

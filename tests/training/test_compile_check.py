@@ -44,6 +44,9 @@ MODULE = """HloModule m, num_partitions=8
   %state = (s32[], f32[48,1024]{1,0}, f32[1,1024]{1,0}) parameter(0)
   %index = s32[] get-tuple-element(%state), index=0
   %stack = f32[48,1024]{1,0} get-tuple-element(%state), index=1
+  %none = () custom-call(), custom_call_target="tpu_custom_call", backend_config={"kernel":{
+"name":"k"
+}}, metadata={op_name="k"}
   %row = f32[1,1024]{1,0} fusion(%stack, %index), kind=kLoop, calls=%inside
   %summed = f32[1,1024]{1,0} all-reduce(%row), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   ROOT %next = (s32[], f32[48,1024]{1,0}, f32[1,1024]{1,0}) tuple(%index, %stack, %summed)
