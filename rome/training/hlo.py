@@ -19,6 +19,7 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"),
     *("after-all", "partition-id", "replica-id", "copy-done", "opt-barrier", "async-done", "async-update"),
 }
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # in place; which operand is written
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"\b(pred|bf16|c64|c128|[suf]\d+(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](\{[^{}]*\})?")
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -112,8 +113,8 @@ def _bytes_moved(computations: dict, instruction: Instruction, table: dict[str, 
     written = sum(size for size, in_hbm in instruction.shapes if in_hbm)
     if instruction.opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * written
-    if instruction.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _size(operands[1 if instruction.opcode == "dynamic-update-slice" else -1])
+    if instruction.opcode in _UPDATES:
+        return 2 * _size(operands[_UPDATES[instruction.opcode]])
     if instruction.opcode != "fusion":
         return written + sum(_hbm_size(operand) for operand in operands)
     body = computations[instruction.called["calls"][0]][1]
@@ -137,7 +138,7 @@ def _read_by_fusion(body: list[Instruction], index: int, operand: Instruction | 
             continue
         if one.opcode in ("dynamic-slice", "gather", "slice") and one.operands[0] in names:
             sliced += _size(one)
-        elif not (one.opcode == "dynamic-update-slice" and one.operands[0] in names):
+        elif not (one.opcode in _UPDATES and one.operands[0] in names):
             return whole
     return min(sliced, whole)
 
@@ -150,8 +151,8 @@ def _written_by_fusion(body: list[Instruction], written: int) -> int:
     for one in outputs:
         while one is not None and one.opcode == "bitcast":
             one = table.get(one.operands[0])
-        if one is not None and one.opcode == "dynamic-update-slice":
-            written -= _size(one) - _size(table.get(one.operands[1]))
+        if one is not None and one.opcode in _UPDATES:
+            written -= _size(one) - _size(table.get(one.operands[_UPDATES[one.opcode]]))
     return max(written, 0)
 
 
@@ -199,7 +200,7 @@ def _parse(text: str) -> dict[str, tuple[bool, list[Instruction]]]:
             name = line.removeprefix("ENTRY").split()[0].lstrip("%")
             body = []
             computations[name] = (is_entry, body)
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, "):  # "}}, metadata=..." ends an instruction of several lines
             body = None
         elif body is not None and (found := _LINE.match(line)):
             body.append(_instruction(bool(found[1]), found[2], found[3]))

@@ -34,6 +34,13 @@ MODULE = """HloModule m, num_partitions=8
   ROOT %slice = f32[1,1024]{1,0} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,1024}
 }
 
+%scattered (param_0: f32[48,1024], param_1: s32[2,1], param_2: f32[2,1024]) -> f32[48,1024] {
+  %param_0 = f32[48,1024]{1,0} parameter(0)
+  %param_1 = s32[2,1]{1,0} parameter(1)
+  %param_2 = f32[2,1024]{1,0} parameter(2)
+  ROOT %set = f32[48,1024]{1,0} scatter(%param_0, %param_1, %param_2), to_apply=%add
+}
+
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   %b = f32[] parameter(1)
@@ -44,6 +51,9 @@ MODULE = """HloModule m, num_partitions=8
   %state = (s32[], f32[48,1024]{1,0}, f32[1,1024]{1,0}) parameter(0)
   %index = s32[] get-tuple-element(%state), index=0
   %stack = f32[48,1024]{1,0} get-tuple-element(%state), index=1
+  %none = () custom-call(), custom_call_target="tpu_custom_call", backend_config={"kernel":{
+"name":"k"
+}}, metadata={op_name="k"}
   %row = f32[1,1024]{1,0} fusion(%stack, %index), kind=kLoop, calls=%inside
   %summed = f32[1,1024]{1,0} all-reduce(%row), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   ROOT %next = (s32[], f32[48,1024]{1,0}, f32[1,1024]{1,0}) tuple(%index, %stack, %summed)
@@ -60,6 +70,10 @@ ENTRY %main (start: (s32[], f32[48,1024], f32[1,1024])) -> f32[1,1024] {
   %start = (s32[], f32[48,1024]{1,0}, f32[1,1024]{1,0}) parameter(0)
   %loop = (s32[], f32[48,1024]{1,0}, f32[1,1024]{1,0}) while(%start), condition=%condition, body=%body
   %last = f32[1,1024]{1,0} get-tuple-element(%loop), index=2
+  %table = f32[48,1024]{1,0} get-tuple-element(%start), index=1
+  %where = s32[2,1]{1,0} parameter(1)
+  %rows = f32[2,1024]{1,0} parameter(2)
+  %changed = f32[48,1024]{1,0} fusion(%table, %where, %rows), kind=kCustom, calls=%scattered
   %near = f32[1,1024]{1,0:T(8,128)S(1)} copy(%last)
   ROOT %gathered = f32[8,1024]{1,0} all-gather(%last), replica_groups=[1,8]<=[8], dimensions={0}
 }
@@ -70,8 +84,8 @@ def test_traffic_of_a_module_counted_by_hand():
     row = 4 * 1024
     found = traffic(MODULE)
     # 48 times: a slice read and a row written, a row summed (read and written); then a copy to on-chip memory and the
-    # gather
-    assert found.hbm == 48 * ((row + 4 + row) + 2 * row) + row + (row + 8 * row)
+    # gather; two rows read and written in place, at two indices
+    assert found.hbm == 48 * ((row + 4 + row) + 2 * row) + row + (row + 8 * row) + (4 * row + 8)
     assert found.collectives == {"all-reduce": 48 * 2 * row * 3 // 4, "all-gather": 7 * row}
     assert found.calls == {"all-reduce": 48, "all-gather": 1}
 
