@@ -8,6 +8,7 @@ Prints a JSON line when it is ready, and one for every line that it reads: secon
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -222,16 +223,18 @@ def build(peer: str, task: str, folder: Path) -> Work:
     return makers[peer][task == "logprob"](folder)
 
 
+LIBRARIES = {
+    "ours": ("rome.training.steps", "rome.models.weights"),
+    "hf": ("torch", "transformers.models.qwen3.modeling_qwen3"),
+    "tunix": ("tunix_peer",),
+    "llama": ("xllamacpp",),
+}
+
+
 def import_libraries(peer: str) -> None:
     """What the memory of a side is counted from."""
-    if peer == "ours":
-        pass
-    elif peer.startswith("hf"):
-        import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-    elif peer == "tunix":
-        import tunix_peer  # noqa: F401
-    else:
-        import xllamacpp  # noqa: F401
+    for name in LIBRARIES[peer.partition("-")[0]]:
+        importlib.import_module(name)
 
 
 def say(**values: Any) -> None:
