@@ -8,8 +8,8 @@ Prints a JSON line when it is ready, and one for every line that it reads: secon
 
 from __future__ import annotations
 
+import importlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -223,25 +223,33 @@ def build(peer: str, task: str, folder: Path) -> Work:
     return makers[peer][task == "logprob"](folder)
 
 
+LIBRARIES = {
+    "ours": ("rome.training.steps", "rome.models.weights"),
+    "hf": ("torch", "transformers.models.qwen3.modeling_qwen3"),
+    "tunix": ("tunix_peer",),
+    "llama": ("xllamacpp",),
+}
+
+
 def import_libraries(peer: str) -> None:
     """What the memory of a side is counted from."""
-    if peer == "ours":
-        pass
-    elif peer.startswith("hf"):
-        import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-    elif peer == "tunix":
-        import tunix_peer  # noqa: F401
-    else:
-        import xllamacpp  # noqa: F401
+    for name in LIBRARIES[peer.partition("-")[0]]:
+        importlib.import_module(name)
 
 
 def say(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
+def peak_mb() -> float:
+    """The most resident memory so far. (getrusage would count what the parent had when it forked.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def main(peer: str, task: str, folder: str) -> None:
     import_libraries(peer)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb()
     work = build(peer, task, Path(folder))
     first = work()  # compiles, or warms caches
     say(first=first)
@@ -249,8 +257,7 @@ def main(peer: str, task: str, folder: str) -> None:
         cpu, wall = time.process_time(), time.perf_counter()
         value = work()
         say(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall, value=value)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    say(peak_mb=peak / 1024, own_mb=(peak - before) / 1024)
+    say(peak_mb=peak_mb(), own_mb=peak_mb() - before)
 
 
 if __name__ == "__main__":
