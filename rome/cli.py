@@ -50,6 +50,7 @@ def serve(
         alternatives = min(20, config.vocab_size)
         settings = StreamConfig(slots=slots, max_length=length, alternatives=alternatives)
         engine = StreamEngine(params, config, settings, chat.stop_ids, chat.pad_id)
+        del params  # the engine has its own
     except (ValueError, OSError, RuntimeError) as error:  # what is wrong with the input, in one line
         _fail(str(error))
     engine.warmup()

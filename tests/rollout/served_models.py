@@ -49,7 +49,7 @@ def random_model(folder: Path) -> tuple[ModelConfig, Any]:
     config = ModelConfig(
         vocab_size=bpe.get_vocab_size(),
         hidden_size=32,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -106,7 +106,7 @@ def served(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[
     reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
     reader.start()
     try:
-        first = lines.get(timeout=240)
+        first = lines.get(timeout=600)
         address = re.search(r"http://127\.0\.0\.1:\d+", first)
         assert address, f"the server said {first!r}"
         yield address.group(), process

@@ -7,7 +7,7 @@ import contextlib
 import hmac
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,20 +137,15 @@ class _Service:
         arrivals: asyncio.Queue[tuple[Choice, Part | ServiceError]] = asyncio.Queue()
         jobs = [self._job(asked, choice, arrivals, field) for choice in choices]
         self.scheduler.submit(jobs)
-        try:
-            if asked.stream:
-                # the first event is awaited here: what fails before it still has a status of its own
-                parts = self._parts(request, jobs, arrivals)
-                first = await anext(parts)
-                return StreamingResponse(
-                    self._events(shape, choices, first, parts, jobs), media_type="text/event-stream"
-                )
-            async for choice, part in self._parts(request, jobs, arrivals):
+        parts = self._parts(request, jobs, arrivals)
+        if asked.stream:
+            # the first event is awaited here: what fails before it still has a status of its own
+            first = await anext(parts)
+            return StreamingResponse(self._events(shape, choices, first, parts), media_type="text/event-stream")
+        async with contextlib.aclosing(parts):
+            async for choice, part in parts:
                 choice.add(part)
-            return JSONResponse(shape.whole(choices))
-        except BaseException:
-            self.scheduler.cancel(jobs)
-            raise
+        return JSONResponse(shape.whole(choices))
 
     def _job(
         self,
@@ -191,8 +186,11 @@ class _Service:
 
     async def _parts(
         self, request: Request, jobs: Sequence[Job], arrivals: asyncio.Queue[tuple[Choice, Part | ServiceError]]
-    ) -> AsyncIterator[tuple[Choice, Part]]:
-        """All choices' parts as they come. Raises ServiceError if one fails, `_Gone` if the client leaves."""
+    ) -> AsyncGenerator[tuple[Choice, Part], None]:
+        """All choices' parts as they come. Raises ServiceError if one fails, `_Gone` if the client leaves.
+
+        However it ends, no job goes on: those that are not done are cancelled.
+        """
         gone = asyncio.ensure_future(_disconnected(request))
         left = len(jobs)
         try:
@@ -210,14 +208,14 @@ class _Service:
                 yield choice, item
         finally:
             gone.cancel()
+            self.scheduler.cancel(jobs)
 
     async def _events(
         self,
         shape: Shape,
         choices: Sequence[Choice],
         first: tuple[Choice, Part],
-        parts: AsyncIterator[tuple[Choice, Part]],
-        jobs: Sequence[Job],
+        parts: AsyncGenerator[tuple[Choice, Part], None],
     ) -> AsyncIterator[str]:
         """Server-sent events; an error after the first one is an event, too."""
         try:
@@ -235,7 +233,7 @@ class _Service:
         except _Gone:
             return
         finally:
-            self.scheduler.cancel(jobs)  # those that are done are not touched
+            await parts.aclose()
 
     # ------------------------------------------------------------------------------------------------ at the door
 

@@ -41,7 +41,11 @@ class ChatMessage(_Strict):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    # clients send back what they got, empty fields included
     refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
     @property
     def text(self) -> str:
@@ -82,8 +86,8 @@ class _Common(_Strict):
     return_token_ids: bool = False
     user: str | None = None
     # accepted only where they change nothing
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
