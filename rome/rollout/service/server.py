@@ -4,6 +4,7 @@ a while, then end their streams with an error event."""
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import dataclass
 from types import FrameType
 
@@ -57,7 +58,7 @@ def serve(engine: StreamEngine, chat: ChatFormat, service: ServiceConfig, server
     Port 0 takes a free port; the address is printed once requests are taken.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when all is done: that is a clean end
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: sys.exit(0))
     scheduler = Scheduler(engine, server.queue_limit)
     try:
         config = uvicorn.Config(
