@@ -106,7 +106,7 @@ def test_requests_are_strict():
             parse(ChatRequest, body)
 
 
-def job(answers, deadline=60.0, tokens=10**4):
+def job(answers, deadline=1000.0, tokens=10**4):
     return Job(
         np.array([20, 21], np.int32),
         Sampling(1, tokens),
@@ -120,6 +120,7 @@ def job(answers, deadline=60.0, tokens=10**4):
 def scheduler():
     # no stop ids: only its own end ends a job
     engine = StreamEngine(toy_params(), MODEL, StreamConfig(1, 8192, (8,), 2, 1), frozenset(), 0)
+    engine.warmup()
     scheduler = Scheduler(engine, queue_limit=1)
     yield scheduler
     scheduler.close()
