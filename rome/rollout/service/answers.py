@@ -98,7 +98,16 @@ class _Shape:
         return values | ({"prompt_token_ids": choice.prompt} if opening else {})
 
     def _name(self, token: int) -> str:
-        return self.chat.piece(token).decode("utf-8", "replace")
+        """Its text; of a part of a character, its bytes as OpenAI writes them: `bytes:\\xc3`."""
+        piece = self.chat.piece(token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    def _width(self, token: int) -> int:
+        """Characters of text that a token adds, as far as it alone tells."""
+        return len(self.chat.piece(token).decode("utf-8", "ignore"))
 
 
 class ChatShape(_Shape):
@@ -183,7 +192,7 @@ class CompletionShape(_Shape):
         }
 
     def events(self, choice: Choice, part: Part) -> Iterator[str]:
-        opening, offset = not choice.bursts, sum(len(self._name(token)) for token in choice.tokens)
+        opening, offset = not choice.bursts, sum(map(self._width, choice.tokens))
         choice.add(part)
         logprobs = self._logprobs([part.burst], offset)
         extra = self._ids(choice, [part.burst], opening)
@@ -195,11 +204,10 @@ class CompletionShape(_Shape):
         shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for burst in bursts:
             for at, (token, logp) in enumerate(zip(burst.tokens, burst.raw_logp, strict=True)):
-                name = self._name(int(token))
-                shown["tokens"].append(name)
+                shown["tokens"].append(self._name(int(token)))
                 shown["token_logprobs"].append(float(logp))
                 shown["text_offset"].append(offset)
-                offset += len(name)
+                offset += self._width(int(token))
                 if self.asked.alternatives:
                     pairs = list(zip(burst.top_ids[at], burst.top_logp[at], strict=True))[: self.asked.alternatives]
                     # the likelier of two tokens with one name stays
