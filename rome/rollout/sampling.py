@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +16,7 @@ def sample_tokens(
     temperature: jax.Array,
     top_k: int,
     top_p: float,
+    min_p: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples one token a row, each with a key of its own.
 
@@ -26,28 +30,99 @@ def sample_tokens(
       temperature: float32 scalar; 0 is greedy (argmax), whose point mass has log-prob 0.
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of the most likely tokens, after temperature and top_k, that has at least this mass.
+      min_p: then drop the tokens less likely than this fraction of the most likely one (Nguyen et al. 2024,
+        arXiv 2407.01082); 0 drops none.
 
     Returns:
       tokens int32[B]; their log-prob float32[B] under the distribution they were drawn from (the paper's μ); and their
-      raw log-prob float32[B] (temperature 1, no truncation). The two agree when temperature = top_p = 1, top_k = 0.
+      raw log-prob float32[B] (temperature 1, no truncation). The two agree when temperature = top_p = 1 and
+      top_k = min_p = 0.
     """
     logits_BxV = logits_BxV.astype(jnp.float32)
     greedy = temperature <= 0
     scaled_BxV = logits_BxV / jnp.where(greedy, 1.0, temperature)
-    if top_k or top_p < 1:
+    if top_k or top_p < 1 or min_p > 0:
         scaled_BxV, candidates_BxK = jax.lax.top_k(scaled_BxV, top_k or logits_BxV.shape[-1])
         mass_BxK = jax.nn.softmax(scaled_BxV)
         before_BxK = jnp.cumsum(mass_BxK, axis=-1) - mass_BxK
         before_BxK = before_BxK.at[:, 0].set(0.0)  # the most likely token always stays
-        scaled_BxV = jnp.where(before_BxK < top_p, scaled_BxV, -jnp.inf)
+        kept_BxK = before_BxK < top_p
+        if min_p > 0:
+            kept_BxK &= scaled_BxV >= scaled_BxV[:, :1] + math.log(min_p)
+        scaled_BxV = jnp.where(kept_BxK, scaled_BxV, -jnp.inf)
     drawn_B = jax.lax.cond(
         greedy,
         lambda: jnp.argmax(scaled_BxV, axis=-1),
         lambda: _draw(scaled_BxV, _uniform(keys_Bx2, positions_B)),
     )
     logp_B = jnp.where(greedy, 0.0, _log_prob(scaled_BxV, drawn_B))
-    tokens_B = _pick(candidates_BxK, drawn_B) if top_k or top_p < 1 else drawn_B
+    tokens_B = _pick(candidates_BxK, drawn_B) if top_k or top_p < 1 or min_p > 0 else drawn_B
     return tokens_B.astype(jnp.int32), logp_B, _log_prob(logits_BxV, tokens_B)
+
+
+class RowSampling(NamedTuple):
+    """A sampling distribution for each row: keys uint32[B, 2], temperature float32[B] (0: greedy), top_k int32[B]
+    (0: off), top_p float32[B] (1: off), min_p float32[B] (0: off). They mean what `sample_tokens` says."""
+
+    keys: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+
+
+def sample_rows(
+    logits_BxV: jax.Array, rows: RowSampling, positions_B: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`sample_tokens` with parameters by row, traced: no combination of them compiles anew.
+
+    Truncation is a threshold on the logits, found by bisection over the bits of a float32: 32 sums a row where a sort
+    of a large vocabulary costs several times as much. Tokens exactly as likely as the last one kept are kept too.
+    Without truncation a row draws the tokens that `sample_tokens` draws.
+    """
+    logits_BxV = logits_BxV.astype(jnp.float32)
+    greedy_B = rows.temperature <= 0
+    scaled_BxV = logits_BxV / jnp.where(greedy_B, 1.0, rows.temperature)[:, None]
+    truncates = ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)) & ~greedy_B
+    kept_BxV = jax.lax.cond(truncates.any(), lambda: _truncate(scaled_BxV, rows), lambda: scaled_BxV)
+    drawn_B = _draw(kept_BxV, _uniform(rows.keys, positions_B))
+    tokens_B = jnp.where(greedy_B, jnp.argmax(logits_BxV, axis=-1), drawn_B)
+    logp_B = jnp.where(greedy_B, 0.0, _log_prob(kept_BxV, tokens_B))
+    return tokens_B.astype(jnp.int32), logp_B, _log_prob(logits_BxV, tokens_B)
+
+
+def _truncate(scaled_BxV: jax.Array, rows: RowSampling) -> jax.Array:
+    """−inf for what top-k, then top-p, then min-p drop."""
+    vocab = scaled_BxV.shape[-1]
+    order_BxV = _order(scaled_BxV)
+    wanted_B = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab).astype(jnp.float32)
+    threshold_B = _threshold(order_BxV, jnp.ones_like(scaled_BxV), wanted_B)
+    best_B = scaled_BxV.max(axis=-1)
+    mass_BxV = jnp.where(order_BxV >= threshold_B[:, None], jnp.exp(scaled_BxV - best_B[:, None]), 0.0)
+    nucleus_B = _threshold(order_BxV, mass_BxV, rows.top_p * mass_BxV.sum(axis=-1))
+    threshold_B = jnp.where(rows.top_p < 1, jnp.maximum(nucleus_B, threshold_B), threshold_B)
+    floor_B = best_B + jnp.log(rows.min_p)  # log 0 = −inf keeps all
+    kept_BxV = (order_BxV >= threshold_B[:, None]) & (scaled_BxV >= floor_B[:, None])
+    return jnp.where(kept_BxV, scaled_BxV, -jnp.inf)
+
+
+def _order(values: jax.Array) -> jax.Array:
+    """int32 that order as the float32 do."""
+    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # + 0.0: -0 and 0 are one
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _threshold(order_BxV: jax.Array, weights_BxV: jax.Array, wanted_B: jax.Array) -> jax.Array:
+    """The largest int32[B] such that the weights of what is at or above it add up to `wanted`; its maximum stays."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)  # of the two, without overflow
+        enough_B = jnp.where(order_BxV >= middle_B[:, None], weights_BxV, 0.0).sum(axis=-1) >= wanted_B
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    low_B, _ = jax.lax.fori_loop(0, 33, halve, (order_BxV.min(axis=-1), order_BxV.max(axis=-1) + 1))
+    return jnp.minimum(low_B, order_BxV.max(axis=-1))
 
 
 def _uniform(keys_Bx2: jax.Array, positions_B: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ from rome.models import ModelConfig, count_params, param_specs
 from rome.models.lora import Adapted, adapter_specs, trained
 from rome.models.params import is_spec
 from rome.models.sharding import batch_shardings, param_shardings, replicated
-from rome.rollout.engine import DecodeState, compiled_functions, empty_state, slot_shardings
+from rome.rollout.engine import compiled_functions
+from rome.rollout.programs import DecodeState, empty_state, slot_shardings
 from rome.training.settings import RunSettings
 from rome.training.state import init_state, make_optimizer, state_shardings
 from rome.training.steps import PolicyStep
@@ -100,7 +101,7 @@ def rollout_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
     params = abstract_params(param_specs(replace(model, param_dtype=model.dtype)), mesh)
 
     def empty(rows: int) -> DecodeState:
-        state = jax.eval_shape(lambda: empty_state(model, engine, rows))
+        state = jax.eval_shape(lambda: empty_state(model, rows, engine.max_length, engine.record_experts))
         return _placed(state, slot_shardings(state, mesh))
 
     state, prompts = empty(rows), empty(min(engine.prompt_rows, rows))

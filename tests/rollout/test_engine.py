@@ -270,6 +270,7 @@ def truncated_softmax(logits, top_k, top_p, temperature):
         ("temperature", -1.0),
         ("top_p", 0.0),
         ("top_k", -1),
+        ("min_p", 1.0),
     ],
 )
 def test_configs_that_make_no_sense_are_refused_by_name(field, value):

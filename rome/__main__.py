@@ -1,0 +1,5 @@
+"""`python -m rome`: the `rome` command."""
+
+from rome.cli import app
+
+app()

@@ -1,0 +1,153 @@
+"""The device programs of the decode engines: append, share and decode, jitted over a state that is donated.
+
+`DecodeEngine` decodes whole turns (training); `StreamEngine` in `stream.py` has programs of its own beside these.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rome.models import KVCache, ModelConfig, extend, init_cache, unstack_layers
+from rome.models.sharding import Mesh, NamedSharding, on_mesh, partition
+from rome.rollout.sampling import sample_tokens
+
+
+class Finish(StrEnum):
+    """Why a chunk ended."""
+
+    STOP = "stop"  # a stop id: the normal end
+    LENGTH = "length"  # max_chunk_tokens without a stop id
+    CONTEXT = "context"  # the slot is full (max_length)
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What a cohort's slots hold on the device: the cache, and the logits float32[B, V] of each slot's next token."""
+
+    cache: KVCache
+    logits: jax.Array
+
+
+def empty_state(model_config: ModelConfig, rows: int, max_length: int, record_experts: bool = False) -> DecodeState:
+    """`rows` slots without tokens, with room for `max_length` each."""
+    cache = init_cache(model_config, rows, max_length, record_experts)
+    return DecodeState(cache, jnp.zeros((rows, model_config.vocab_size), jnp.float32))
+
+
+def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where a decode state lies: slots are split as rows are, heads and vocabulary over ``tensor``."""
+    by_rank = {1: ("batch",), 2: ("batch", "vocab"), 3: ("batch",), 4: ("batch", "kv_heads")}
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(by_rank[leaf.ndim], mesh)), state)
+
+
+class Compiled:
+    """The jitted functions of one static configuration, and how often they were traced."""
+
+    def __init__(self, mesh: Mesh | None, *statics: Any) -> None:
+        self.traces = 0
+        self._mesh = mesh
+        self.append = self._jit(functools.partial(append, statics[0]), 1)
+        self.share = self._jit(functools.partial(_share, mesh), 0)
+        self.decode = self._jit(functools.partial(_decode, *statics), 1)
+
+    def _jit(self, function: Callable[..., Any], donated: int) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def traced(*args: Any) -> Any:
+            self.traces += 1  # runs when jit traces, that is once a compiled shape
+            with on_mesh(self._mesh):
+                return function(*args)
+
+        return jax.jit(traced, donate_argnums=donated)
+
+
+# engines that differ in slots, buckets or temperature alone share what is compiled
+compiled = functools.cache(Compiled)
+
+
+def append(
+    model_config: ModelConfig,
+    params: Any,
+    state: DecodeState,
+    tokens: jax.Array,
+    counts: jax.Array,
+    fresh: jax.Array,
+) -> DecodeState:
+    """Appends counts[b] of tokens[B, S] to each row; `fresh` rows start from an empty cache."""
+    logits, cache = extend(params, model_config, state.cache.reset(fresh), tokens, counts)
+    return DecodeState(cache, jnp.where(counts[:, None] > 0, logits, state.logits))
+
+
+def _share(mesh: Mesh | None, state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
+    """Slot b becomes a copy of row source[b] of `prompts`, where source int32[B] is not −1."""
+
+    def pick(held: jax.Array, given: jax.Array) -> jax.Array:
+        chosen = (source >= 0).reshape(-1, *[1] * (held.ndim - 1))
+        return jnp.where(chosen, given[jnp.maximum(source, 0)], held)
+
+    shared = jax.tree.map(pick, state, prompts)
+    return shared if mesh is None else jax.lax.with_sharding_constraint(shared, slot_shardings(state, mesh))
+
+
+def _decode(
+    model_config: ModelConfig,
+    max_length: int,
+    size: int,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    params: Any,
+    state: DecodeState,
+    keys: jax.Array,
+    active: jax.Array,
+    temperature: jax.Array,
+    stop_ids: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
+    """Samples one chunk of at most `size` tokens for each active slot.
+
+    Returns the state, and int32[B, 3C + 2] for one copy to the host: tokens[C], bits of the float32 log-probs under the
+    sampling distribution[C] and raw[C], the count, and the index of the `Finish`.
+    """
+    rows = active.shape[0]
+    params = unstack_layers(params, model_config)
+
+    def sample(cache: KVCache, logits: jax.Array, live: jax.Array, step: jax.Array, out: jax.Array) -> Any:
+        drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, top_k, top_p, min_p)
+        out = jax.lax.dynamic_update_slice(out, jnp.stack([drawn, _bits(logp), _bits(raw)])[None], (step, 0, 0))
+        stopped = live & jnp.isin(drawn, stop_ids)
+        # the token just drawn stands at position `length`; one more needs the position after it
+        return out, drawn, stopped, live & ~stopped & (cache.length + 1 < max_length)
+
+    def going(carry: Any) -> jax.Array:
+        *_, live, step = carry
+        return live.any() & (step < size)
+
+    def body(carry: Any) -> Any:
+        cache, out, count, stopped, drawn, live, step = carry
+        logits, cache = extend(params, model_config, cache, drawn[:, None], live.astype(jnp.int32))
+        out, drawn, now, still = sample(cache, logits, live, step, out)
+        return cache, out, count + live, stopped | now, drawn, still, step + 1
+
+    out = jnp.zeros((size, 3, rows), jnp.int32)
+    out, drawn, stopped, live = sample(state.cache, state.logits, active, jnp.int32(0), out)
+    carry = (state.cache, out, active.astype(jnp.int32), stopped, drawn, live, jnp.int32(1))
+    cache, out, count, stopped, _, live, _ = jax.lax.while_loop(going, body, carry)
+    finish = jnp.where(stopped, 0, jnp.where(live, 1, 2)).astype(jnp.int32)  # the order of Finish
+    packed = out.transpose(2, 1, 0).reshape(rows, 3 * size)
+    return DecodeState(cache, state.logits), jnp.concatenate([packed, count[:, None], finish[:, None]], axis=1)
+
+
+@jax.jit
+def row_of(experts: tuple[jax.Array, ...], row: jax.Array) -> jax.Array:
+    """Of int16[B, max_length, k] a layer: int16[max_length, layers, k] of one row."""
+    return jnp.stack([layer[row] for layer in experts], axis=1)
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, jnp.int32)
