@@ -324,7 +324,10 @@ class _Target(threading.Thread):
                     connection.settimeout(5)
                     data = b""
                     while not data or (self._until and self._until not in data):
-                        data += connection.recv(65536)
+                        piece = connection.recv(65536)
+                        if not piece:  # it was closed: the loop would spin for the rest of the tests
+                            break
+                        data += piece
                     self.seen.append(data)
                     connection.sendall(self._answer)
 
