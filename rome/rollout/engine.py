@@ -186,14 +186,9 @@ class DecodeEngine:
         Cached keys and values of earlier tokens stay those of the weights that computed them; `versions` tells.
         Raises EngineError unless the version grows and shapes and dtypes stay.
         """
-        old, current = self._weights
-        if version <= current:
-            raise EngineError(f"version: expected more than {current}, found {version}")
-        if jax.tree.map(_shape, params) != jax.tree.map(_shape, old):
-            raise EngineError("params: expected the shapes and dtypes that the engine was made with")
-        copied = jax.tree.map(jnp.copy, params)
+        weights = next_weights(self._weights, params, version)
         with self._weights_lock:
-            self._weights = (copied, int(version))
+            self._weights = weights
 
     def cohort_slots(self, cohort: int) -> range:
         """The slots of a cohort, in order."""
@@ -392,6 +387,19 @@ def compiled_functions(model_config: ModelConfig, config: EngineConfig, mesh: Me
     """The engine's jitted `append` and `decode`, shared by all that ask for the same static configuration."""
     c = config
     return compiled(mesh, model_config, c.max_length, c.max_chunk_tokens, c.top_k, c.top_p, c.min_p)
+
+
+def next_weights(weights: tuple[Any, int], params: Any, version: int) -> tuple[Any, int]:
+    """A copy of `params`, and their version, to follow `weights`.
+
+    Raises EngineError unless the version grows and shapes and dtypes stay.
+    """
+    old, current = weights
+    if version <= current:
+        raise EngineError(f"version: expected more than {current}, found {version}")
+    if jax.tree.map(_shape, params) != jax.tree.map(_shape, old):
+        raise EngineError("params: expected the shapes and dtypes that the engine was made with")
+    return jax.tree.map(jnp.copy, params), int(version)
 
 
 def _shape(leaf: Any) -> tuple:

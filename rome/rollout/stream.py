@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rome.models import ModelConfig, extend, unstack_layers
-from rome.rollout.engine import EngineError
+from rome.rollout.engine import EngineError, next_weights
 from rome.rollout.programs import DecodeState, append, empty_state
 from rome.rollout.sampling import RowSampling, sample_rows
 
@@ -152,14 +152,9 @@ class StreamEngine:
 
         Raises EngineError unless the version grows and shapes and dtypes stay.
         """
-        old, current = self._weights
-        if version <= current:
-            raise EngineError(f"version: expected more than {current}, found {version}")
-        if jax.tree.map(_shape, params) != jax.tree.map(_shape, old):
-            raise EngineError("params: expected the shapes and dtypes that the engine was made with")
-        copied = jax.tree.map(jnp.copy, params)
+        weights = next_weights(self._weights, params, version)
         with self._lock:
-            self._weights = (copied, int(version))
+            self._weights = weights
 
     def warmup(self) -> None:
         """Compiles every shape. Call it while no slot is in use; nothing compiles afterwards."""
@@ -431,7 +426,3 @@ def _common(held: np.ndarray, prompt: np.ndarray) -> int:
     count = min(len(held), len(prompt))
     differs = held[:count] != prompt[:count]
     return int(np.argmax(differs)) if differs.any() else count
-
-
-def _shape(leaf: Any) -> tuple:
-    return tuple(leaf.shape), str(leaf.dtype)

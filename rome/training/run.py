@@ -171,21 +171,22 @@ class Run:
             params = adapt(params, self.model, lora, jax.random.fold_in(self.key, 2))
         return init_state_on(self.mesh, params, make_optimizer(*self.settings.optimizer_of(stage)), self.model)
 
-    def _placed(self, params: Any) -> Any:
-        """The parameters, each where the mesh wants it."""
-        return (
-            params if self.mesh is None else jax.device_put(params, param_shardings(param_specs(self.model), self.mesh))
-        )
+    @property
+    def _shardings(self) -> Any:
+        """Where the mesh wants each parameter; None without a mesh."""
+        return None if self.mesh is None else param_shardings(param_specs(self.model), self.mesh)
 
     def _first_params(self) -> Any:
-        """Drawn, or those of the published model."""
+        """Drawn, or those of the published model; each where the mesh wants it."""
         if self.settings.pretrained is not None:
-            where = None if self.mesh is None else param_shardings(param_specs(self.model), self.mesh)
-            return first_params(self.settings.pretrained, self.directory, where)
+            return first_params(self.settings.pretrained, self.directory, self._shardings)
         fresh = init_params(self.model, jax.random.fold_in(self.key, 0))
         if self.settings.induction:
             fresh = init_induction(fresh, self.model, jax.random.fold_in(self.key, 1))
-        return fresh
+        return self._placed(fresh)
+
+    def _placed(self, params: Any) -> Any:
+        return params if self.mesh is None else jax.device_put(params, self._shardings)
 
     def _global_step(self, stage: str, step: int) -> int:
         """Checkpoints are numbered over all stages, with numbers of their own for what starts a stage: SFT, IPA, and
@@ -212,7 +213,7 @@ class Run:
         latest = self.checkpointer.latest_step
         if latest is None:
             self.writer.restore(min(self.writer.num_records, 1))  # the record of the demonstrations stays
-            return "cpt", 0, self._fresh_state("cpt", self._placed(self._first_params())), None
+            return "cpt", 0, self._fresh_state("cpt", self._first_params()), None
         stage = str(self.checkpointer.cursor(latest)["stage"])
         template = self._fresh_state(stage, self._placed(zero_params(self.model)))
         state, cursor, buffer = self.checkpointer.restore(latest, template)
