@@ -105,7 +105,18 @@ def get_config() -> ConfigDict:
             "top_k": 0,
         }
     )
-    config.rollout = ConfigDict({"async_ratio": 0.0, "allow_unmasked": False, "env_threads": 16, "max_retries": 3})
+    config.rollout = ConfigDict(
+        {
+            "async_ratio": 0.0,
+            "allow_unmasked": False,
+            "env_threads": 16,
+            "max_retries": 3,
+            "hosts": 0,
+            "host_cpus": 1.0,
+            "host_boot_seconds": 300.0,
+            "host_silent_seconds": 120.0,
+        }
+    )
     config.evaluation = ConfigDict({"tasks": 120, "samples": 3, "every": 0, "tasks_during": 30, "temperature": 1.0})
     one = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
     config.mesh = ConfigDict({"train": one, "rollout": dict(one)})

@@ -7,6 +7,7 @@ from rome.rollout.background import BackgroundRollouts, RolloutStopped
 from rome.rollout.buffer import BufferClosed, BufferStats, BufferTimeout, SampleBuffer, SampleBufferError
 from rome.rollout.engine import DecodeEngine, EngineConfig, EngineError, EngineStats, Finish, Sampled
 from rome.rollout.episode import ChunkEnv, Deadlines, GroupRequest
+from rome.rollout.hosts import HostConfig, HostedRollouts, HostPool, HostsLost, RolloutTotals
 from rome.rollout.ledger import LedgerError, TokenLedger
 from rome.rollout.runner import GroupDropped, RolloutConfig, RolloutRunner, RolloutStats
 
@@ -24,11 +25,16 @@ __all__ = [
     "Finish",
     "GroupDropped",
     "GroupRequest",
+    "HostConfig",
+    "HostPool",
+    "HostedRollouts",
+    "HostsLost",
     "LedgerError",
     "RolloutConfig",
     "RolloutRunner",
     "RolloutStats",
     "RolloutStopped",
+    "RolloutTotals",
     "SampleBuffer",
     "SampleBufferError",
     "Sampled",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rome.rollout.buffer import SampleBuffer
@@ -19,6 +19,80 @@ from rome.rollout.runner import Group, RolloutRunner
 
 class RolloutStopped(RuntimeError):
     """The rollout thread did not obey within its deadline, or is not running."""
+
+
+class Admission:
+    """Decides which group is started next, so that the buffer will have room for whatever is in flight.
+
+    Args:
+      buffer: takes what is delivered.
+      requests: where new groups come from, in order; drawn lazily.
+      known: requests of groups that a restored buffer already holds, to be sampled again if those go stale.
+    """
+
+    def __init__(
+        self, buffer: SampleBuffer, requests: Iterable[GroupRequest], known: Iterable[GroupRequest] = ()
+    ) -> None:
+        self._buffer = buffer
+        self._requests: Iterator[GroupRequest] = iter(requests)
+        self._again: list[Group] = []
+        self._delivered: dict[str, Group] = {request.group_id: Group(request) for request in known}
+        self.exhausted = False
+
+    @property
+    def waiting(self) -> list[GroupRequest]:
+        """Groups that are to be sampled again and were not started yet."""
+        return [group.request for group in self._again]
+
+    def deliver(self, groups: Sequence[Group]) -> None:
+        """Hands finished groups to the buffer, which has room: `next` saw to that."""
+        for group in groups:
+            self._delivered[group.request.group_id] = group
+            self._buffer.put_group(group.samples)
+
+    def again(self, group: Group) -> None:
+        """Has a group sampled once more, under fresh ids and keys: an attempt is never numbered twice."""
+        self._again.append(Group(replace(group.request), [attempt + 1 for attempt in group.attempts]))
+
+    def next(self, in_flight: int) -> Group | None:
+        """The group to start while `in_flight` others are; None if the buffer could not take it, or none is left.
+
+        Groups that went stale come before new ones.
+        """
+        waiting = set(self._buffer.group_ids())
+        for name in self._buffer.take_discarded():
+            self.again(self._delivered.pop(name))
+        self._delivered = {name: group for name, group in self._delivered.items() if name in waiting}
+        if in_flight + len(self._buffer) >= self._buffer.capacity:
+            return None
+        if self._again:
+            return self._again.pop(0)
+        request = next(self._requests, None)
+        self.exhausted = request is None
+        return None if request is None else Group(request)
+
+    @property
+    def hopeless(self) -> bool:
+        """With nothing in flight: whether no batch can ever be completed."""
+        return self.exhausted and len(self._buffer) < self._buffer.batch_groups
+
+
+def free_run(runner: RolloutRunner) -> bool:
+    """One round over the cohorts: a turn starts as soon as some of its slots are ready. False: nothing is in flight."""
+    cohorts = range(runner.engine.config.cohorts)
+    for cohort in cohorts:
+        runner.fill(cohort)
+        runner.settle(cohort, enough=0)
+    if any(runner.ready(cohort) for cohort in cohorts):
+        for cohort in cohorts:
+            if runner.ready(cohort):
+                runner.settle(cohort, timeout=runner.config.gather_seconds)
+                runner.turn(cohort)
+    elif runner.busy:
+        runner.settle_any(timeout=1.0)
+    else:
+        return False
+    return True
 
 
 class BackgroundRollouts:
@@ -43,10 +117,7 @@ class BackgroundRollouts:
         if buffer.async_ratio <= 0:
             raise ValueError(f"async_ratio: free-running rollouts expect more than 0, found {buffer.async_ratio:g}")
         self._runner, self._buffer = runner, buffer
-        self._requests: Iterator[GroupRequest] = iter(requests)
-        self._again: list[Group] = []
-        self._delivered: dict[str, Group] = {request.group_id: Group(request) for request in known}
-        self._exhausted = False
+        self._admission = Admission(buffer, requests, known)
         self._stop, self._run, self._idle = threading.Event(), threading.Event(), threading.Event()
         self._run.set()
         self._thread = threading.Thread(target=self._main, name="rollouts", daemon=True)
@@ -109,7 +180,7 @@ class BackgroundRollouts:
         except BaseException as caught:  # delivered to the trainer, whatever it is
             self._failure = failure = caught
         finally:
-            self._unfinished = [*self._runner.unfinished(), *(group.request for group in self._again)]
+            self._unfinished = [*self._runner.unfinished(), *self._admission.waiting]
             try:
                 self._runner.reset()
             finally:
@@ -118,48 +189,14 @@ class BackgroundRollouts:
 
     def _tick(self) -> bool:
         """One round over the cohorts; False when there is nothing left to do, ever."""
-        runner, config = self._runner, self._runner.config
-        self._deliver()  # before admitting: a group finished by the last turn is neither in flight nor in the buffer
-        self._admit()
-        cohorts = range(runner.engine.config.cohorts)
-        for cohort in cohorts:
-            runner.fill(cohort)
-            runner.settle(cohort, enough=0)
-        self._deliver()
-        if any(runner.ready(cohort) for cohort in cohorts):
-            for cohort in cohorts:
-                if runner.ready(cohort):
-                    runner.settle(cohort, timeout=config.gather_seconds)
-                    runner.turn(cohort)
-        elif runner.busy:
-            runner.settle_any(timeout=1.0)
-        elif self._exhausted and len(self._buffer) < self._buffer.batch_groups:
-            return False  # not even a batch is left: nothing could become of it
-        else:
+        runner, admission = self._runner, self._admission
+        # before admitting: a group finished by the last turn is neither in flight nor in the buffer
+        admission.deliver(runner.take_finished())
+        while (group := admission.next(runner.in_flight)) is not None:
+            runner.admit(group)
+        if not free_run(runner):
+            admission.deliver(runner.take_finished())
+            if admission.hopeless and not runner.in_flight:
+                return False  # not even a batch is left: nothing could become of it
             time.sleep(0.005)  # the buffer is full: the trainer's turn
         return True
-
-    def _deliver(self) -> None:
-        """Hands the finished groups to the buffer, which has room: `_admit` saw to that."""
-        for group in self._runner.take_finished():
-            self._delivered[group.request.group_id] = group
-            self._buffer.put_group(group.samples)
-
-    def _admit(self) -> None:
-        """Starts groups while the buffer will have room for them: discarded ones again first, then new ones."""
-        waiting = set(self._buffer.group_ids())
-        for name in self._buffer.take_discarded():
-            group = self._delivered.pop(name)
-            # fresh ids and keys: an attempt is never numbered twice
-            attempts = [attempt + 1 for attempt in group.attempts]
-            self._again.append(Group(replace(group.request), attempts))
-        self._delivered = {name: group for name, group in self._delivered.items() if name in waiting}
-        while self._runner.in_flight + len(self._buffer) < self._buffer.capacity:
-            if self._again:
-                self._runner.admit(self._again.pop(0))
-                continue
-            request = next(self._requests, None)
-            if request is None:
-                self._exhausted = True
-                return
-            self._runner.admit(Group(request))

@@ -6,7 +6,7 @@ from rome.models import ConfigError as ModelConfigError
 from rome.models import TokenizerError
 from rome.models.sharding import ShardingError
 from rome.models.weights import WeightsError
-from rome.rollout import EngineError, SampleBufferError
+from rome.rollout import EngineError, HostsLost, SampleBufferError
 from rome.training.checkpoint import CheckpointError
 from rome.training.config import ConfigError
 from rome.training.packing import PackingError
@@ -19,6 +19,7 @@ EXPECTED_FAILURES: tuple[type[Exception], ...] = (
     ConfigError,
     EngineError,
     EnvFailure,
+    HostsLost,
     MetricsError,
     ModelConfigError,
     OSError,  # a full disk, a missing permission

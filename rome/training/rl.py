@@ -11,7 +11,15 @@ import msgpack
 
 from rome.data import TaskSampler, TaskSpec
 from rome.envs import draft_task
-from rome.rollout import BackgroundRollouts, GroupRequest, RolloutRunner, SampleBuffer
+from rome.rollout import (
+    BackgroundRollouts,
+    GroupRequest,
+    HostedRollouts,
+    HostPool,
+    RolloutRunner,
+    RolloutTotals,
+    SampleBuffer,
+)
 from rome.training.resampling import Expert, Resampler, Start, experts_to_imitate
 from rome.training.settings import RunSettings
 from rome.trajectory import Trajectory
@@ -43,8 +51,9 @@ class GroupSource:
     """Supplies the trainer with batches of groups, and knows what a checkpoint needs to supply the same ones again.
 
     At asynchronous ratio 0, `batch` rolls out and returns: deterministic. Above 0, a thread rolls out while the trainer
-    trains; `stop` brings it to a standstill before `state_dict` makes a checkpoint. Groups are numbered by the
-    sampler's cursor; one given out to be sampled and not yet trained on is pending, and is sampled again on resume.
+    trains (with a `pool`: has the hosts do so); `stop` brings it to a standstill before `state_dict` makes a
+    checkpoint. Groups are numbered by the sampler's cursor; one given out to be sampled and not yet trained on is
+    pending, and is sampled again on resume.
 
     With `resampling.fraction` > 0 some groups start from the prefix of an expert instead (see
     `rome.training.resampling`); `demonstrations` are the experts. What the last batch asks to imitate is in `experts`.
@@ -56,8 +65,9 @@ class GroupSource:
         runner: RolloutRunner,
         sampler: TaskSampler,
         demonstrations: Sequence[Trajectory] = (),
+        pool: HostPool | None = None,
     ) -> None:
-        self._settings, self._runner, self.sampler = settings, runner, sampler
+        self._settings, self._runner, self._pool, self.sampler = settings, runner, pool, sampler
         self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups)
         # experts that leave no room for a token of the policy, or fit in no row, are none
         fitting = (
@@ -72,7 +82,7 @@ class GroupSource:
         self._pending: dict[str, Pending] = {}
         self._retry: list[str] = []
         self._lost_before: dict[str, float] = {}  # what `metrics` counted before this process
-        self._background: BackgroundRollouts | None = None
+        self._background: BackgroundRollouts | HostedRollouts | None = None
 
     @property
     def is_asynchronous(self) -> bool:
@@ -93,7 +103,7 @@ class GroupSource:
                     self.buffer.put_group(group)
                 fruitless = 0 if complete else fruitless + 1
                 if fruitless == FRUITLESS_ROUNDS:
-                    *_, reason = self._runner.stats.dropped_groups.values()
+                    *_, reason = self.stats.dropped.values()
                     raise RolloutsFailed(f"not one group could be completed in {fruitless} rounds; the last: {reason}")
             groups = self.buffer.get_batch(wanted, version)
         with self._lock:
@@ -125,9 +135,19 @@ class GroupSource:
             }
 
     @property
-    def waited_seconds(self) -> float:
-        """Seconds that the engine waited for environments so far."""
-        return self._runner.stats.waited_seconds
+    def stats(self) -> RolloutTotals:
+        """What this process's runner and the hosts did so far."""
+        total = RolloutTotals.of(self._runner)
+        if self._pool is not None:
+            total.add(self._pool.stats)
+        return total
+
+    def publish(self, params: Any, version: int) -> None:
+        """New weights for whatever rolls out."""
+        self._runner.engine.update_params(params, version)
+        if self._pool is not None:
+            self._pool.publish(params, version)
+        self.buffer.set_version(version)
 
     def metrics(self) -> dict[str, float]:
         """What was lost so far, by reason: stale samples, failed episodes, groups given up; and the resampling."""
@@ -141,10 +161,11 @@ class GroupSource:
         }
 
     def _lost(self) -> dict[str, float]:
-        stats = self._runner.stats
+        stats = self.stats
         lost = {
             "rollout/resampled": float(stats.resampled),
-            "rollout/dropped_groups": float(len(stats.dropped_groups)),
+            "rollout/dropped_groups": float(len(stats.dropped)),
+            **({"rollout/lost_hosts": float(stats.lost_hosts)} if self._pool is not None else {}),
             **{f"rollout/failures/{reason}": float(count) for reason, count in stats.failures.items()},
         }
         before = self._lost_before
@@ -211,14 +232,16 @@ class GroupSource:
     def _start(self) -> None:
         if self._background is None:
             known = [self._request(name) for name in self.buffer.group_ids()]
-            self._background = BackgroundRollouts(self._runner, self.buffer, self._requests(), known)
+            if self._pool is None:
+                self._background = BackgroundRollouts(self._runner, self.buffer, self._requests(), known)
+            else:
+                self._background = HostedRollouts(self._pool, self.buffer, self._requests(), known)
             self._background.start()
 
     def _forget_dropped(self) -> None:
         """Groups that the runner gave up (their sandbox failed again and again) will not come back."""
-        for name in list(self._pending):
-            if name in self._runner.stats.dropped_groups:
-                del self._pending[name]
+        for name in self.stats.dropped:
+            self._pending.pop(name, None)
 
 
 def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, float]:

@@ -6,7 +6,9 @@ run that was killed and started again gives the same metrics, bit for bit, as on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -17,25 +19,16 @@ from ml_collections import ConfigDict
 
 from rome.data import TaskSampler, chunk_balanced, collect_episodes, fixed_tasks, tokenize_episodes
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
-from rome.envs import TerminalEnv
 from rome.files import atomic_write
-from rome.models import (
-    ChatRenderer,
-    Renderer,
-    TemplateRenderer,
-    Tokenizer,
-    init_induction,
-    init_params,
-    param_specs,
-    train_tokenizer,
-)
+from rome.models import init_induction, init_params, param_specs, train_tokenizer
 from rome.models.lora import adapt, merge
 from rome.models.sharding import make_mesh, param_shardings
-from rome.rollout import DecodeEngine, RolloutRunner
+from rome.rollout import HostPool, RolloutRunner
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
 from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
+from rome.training.hosts import host_runner, make_environment, make_renderer, make_runner
 from rome.training.platform import keep_freed_memory, require_devices
 from rome.training.policy import PolicyTrainer
 from rome.training.pretrained import adopt, first_params, kept_config, kept_tokenizer, zero_params
@@ -113,21 +106,13 @@ class Run:
 
     # -- before the first step --------------------------------------------------------------------------------------
 
-    def _environment(self) -> TerminalEnv:
-        e = self.settings.environment
-        return TerminalEnv(
-            max_chunks=e.max_chunks,
-            max_observation_chars=e.max_observation_chars,
-            command_seconds=e.command_seconds,
-        )
-
     def _prepare(self) -> list[Trajectory]:
         """Demonstrations and their tokenizer: from the run's directory, or made now. The tokenizer is trained on them,
         or a published model's own."""
         path, folder = self.directory / "demonstrations.msgpack", self.directory / "tokenizer"
         if path.is_file():
             self.tokenizer = kept_tokenizer(self.directory)
-            self.renderer = self._make_renderer()
+            self.renderer = make_renderer(self.tokenizer)
             return load_trajectories(path)
         s = self.settings
         if s.pretrained is not None:
@@ -141,7 +126,7 @@ class Run:
             specs,
             s.demonstrations.flawed_fraction,
             s.seed,
-            self._environment,
+            functools.partial(make_environment, s),
             s.demonstrations.workers,
             on_episode=lambda done: self.progress.update(done),
         )
@@ -149,7 +134,7 @@ class Run:
             texts = (text for episode in episodes for text in episode.texts())
             self.tokenizer = train_tokenizer(texts, s.vocab_size, digits=s.digits_per_token)
             self.tokenizer.save(folder)
-        self.renderer = self._make_renderer()
+        self.renderer = make_renderer(self.tokenizer)
         trajectories = tokenize_episodes(episodes, self.renderer)
         solved = sum(e.reward > 0 for e in episodes) / len(episodes)
         metrics = {"demonstrations/success": solved, "time/demonstrations": time.monotonic() - started}
@@ -157,11 +142,6 @@ class Run:
         self.progress.log(f"{len(episodes)} demonstrations, {solved:.0%} of them solve their task")
         save_trajectories(path, trajectories)
         return trajectories
-
-    def _make_renderer(self) -> Renderer:
-        return (
-            ChatRenderer(self.tokenizer) if isinstance(self.tokenizer, Tokenizer) else TemplateRenderer(self.tokenizer)
-        )
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -255,23 +235,16 @@ class Run:
     def _policy(self, start: int, state: TrainState, source_state: tuple[dict[str, Any], bytes] | None) -> None:
         """IPA, with evaluations before, during and after it."""
         s = self.settings
-        engine = DecodeEngine(
-            self._rollout_params(state.params),
-            self.model,
-            s.engine,
-            self.renderer.stop_ids,
-            self.tokenizer.pad_id,
-            version=start,
-            mesh=self.rollout_mesh,
-        )
-        engine.warmup()
         sampler = TaskSampler(s.tasks.families, s.tasks.horizons, s.seed, s.tasks.focus, s.tasks.floor)
         trainer = PolicyTrainer(
             self.model, s.ipa, make_optimizer(*s.optimizer_of("ipa")), s.rl, s.engine.temperature, self.mesh
         )
         trainer.warmup(state)
-        with RolloutRunner(engine, self.renderer, self._environment, s.rollout.runner()) as runner:
-            source = GroupSource(s, runner, sampler, self.demonstrations)
+        params = self._rollout_params(state.params)
+        with contextlib.ExitStack() as stack:
+            runner = stack.enter_context(make_runner(s, self.model, self.renderer, params, start))
+            pool = stack.enter_context(self._hosts(params, start)) if s.rollout.hosts else None
+            source = GroupSource(s, runner, sampler, self.demonstrations, pool)
             if source_state is not None:
                 source.load_state_dict(*source_state)
             if "warm_start" not in self.results:
@@ -280,7 +253,7 @@ class Run:
             self.progress.start("ipa", s.rl.steps, start)
             try:
                 for step in range(start, s.rl.steps):
-                    state = self._policy_step(step, state, trainer, source, engine)
+                    state = self._policy_step(step, state, trainer, source)
                     self._after_step(step + 1, state, source, runner)
             finally:
                 source.stop()
@@ -289,6 +262,11 @@ class Run:
                 if s.tasks.held_out:
                     held_out = self._evaluate(runner, "held_out", s.rl.steps, max(1, s.evaluation.tasks // 3), True)
                     self.results["held_out_families"] = held_out
+
+    def _hosts(self, params: Any, version: int) -> HostPool:
+        make = functools.partial(host_runner, self.settings, str(self.directory.absolute()), self.model)
+        self.progress.log(f"starting {self.settings.rollout.hosts} rollout hosts")
+        return HostPool(make, params, version, self.settings.rollout.host_config())
 
     def _rollout_params(self, params: Any) -> Any:
         """The weights as the engine wants them: in the model's dtype, where its mesh has them."""
@@ -301,29 +279,26 @@ class Run:
             where = param_shardings(param_specs(serving), self.rollout_mesh)
         return jax.device_put(jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), params), where)
 
-    def _policy_step(
-        self, step: int, state: TrainState, trainer: PolicyTrainer, source: GroupSource, engine: DecodeEngine
-    ) -> TrainState:
+    def _policy_step(self, step: int, state: TrainState, trainer: PolicyTrainer, source: GroupSource) -> TrainState:
         """Step n: groups sampled by version n (or a little older), one batch of updates, version n + 1 published."""
         s, started = self.settings, time.monotonic()
-        before, decoded, waited = engine.stats.seconds, engine.stats.decoded_tokens, source.waited_seconds
+        before = source.stats
         with count_compilations() as compiled:
             groups = source.batch(step)
             rolled = time.monotonic()
             keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
             samples = [t for group in groups for t in group]
             state, update = trainer.update(state, samples, s.seed + step, keep, source.experts)
-            engine.update_params(self._rollout_params(state.params), step + 1)
-            source.buffer.set_version(step + 1)
-        ended = time.monotonic()
+            source.publish(self._rollout_params(state.params), step + 1)
+        ended, after = time.monotonic(), source.stats
         metrics = rollout_metrics(groups, step) | update.metrics | source.metrics()
         metrics |= {
             "time/rollout": rolled - started,
             "time/train": ended - rolled,
             "time/step": ended - started,
-            "time/generate": engine.stats.seconds - before,
-            "time/environment_wait": source.waited_seconds - waited,
-            "rollout/tokens_per_second": (engine.stats.decoded_tokens - decoded) / max(rolled - started, 1e-9),
+            "time/generate": after.generate_seconds - before.generate_seconds,
+            "time/environment_wait": after.waited_seconds - before.waited_seconds,
+            "rollout/tokens_per_second": (after.decoded_tokens - before.decoded_tokens) / max(rolled - started, 1e-9),
             "compile/programs": float(compiled.count),
         }
         self.writer.write(step + 1, "ipa", metrics)

@@ -13,7 +13,7 @@ from rome.envs.families import MAX_HORIZON, MIN_HORIZON
 from rome.ipa import ObjectiveConfig, validate_asynchrony
 from rome.models import ModelConfig
 from rome.models.sharding import MeshConfig
-from rome.rollout import Deadlines, EngineConfig, RolloutConfig
+from rome.rollout import Deadlines, EngineConfig, HostConfig, RolloutConfig
 from rome.training.config import LAUNCH_KEYS, ConfigError, config_to_dataclass
 from rome.training.policy import PolicySettings
 from rome.training.resampling import ResamplingSettings
@@ -111,18 +111,30 @@ class CopySettings:
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """`async_ratio`: the staleness bound, 0 is synchronous; the rest as in `RolloutConfig`."""
+    """`async_ratio`: the staleness bound, 0 is synchronous; `hosts`: Ray actors that roll out, 0 is in this process;
+    `host_*` as in `HostConfig`; the rest as in `RolloutConfig`."""
 
     async_ratio: float = 0.0
     allow_unmasked: bool = False
+    hosts: int = 0
+    host_cpus: float = 1.0
+    host_boot_seconds: float = 300.0
+    host_silent_seconds: float = 120.0
     env_threads: int = 16
     max_retries: int = 3
     batch_seconds: float = 600.0
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     def __post_init__(self) -> None:
-        _at_least(self, batch_seconds=0)
+        _at_least(self, batch_seconds=0, hosts=0)
         self.runner()
+        if self.hosts:
+            self.host_config()
+            if self.async_ratio <= 0:
+                raise ValueError(f"async_ratio: expected more than 0 with hosts, found {self.async_ratio:g}")
+
+    def host_config(self) -> HostConfig:
+        return HostConfig(self.hosts, self.host_cpus, self.host_boot_seconds, self.host_silent_seconds)
 
     def runner(self) -> RolloutConfig:
         return RolloutConfig(env_threads=self.env_threads, max_retries=self.max_retries, deadlines=self.deadlines)

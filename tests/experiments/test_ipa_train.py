@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rock_env import doctor
@@ -354,6 +355,27 @@ def test_asynchronous_run_ends_and_resumes(environment, tmp_path):
     assert all(record["compile/programs"] == 0 for record in ipa)
     assert any(record["ratio/token_max"] != 1.0 for record in ipa)  # the second update is off-policy
     assert set(json.loads((tmp_path / "run" / "result.json").read_text())) == {"warm_start", "final"}
+
+
+def test_a_run_on_ray_hosts_goes_on_when_one_is_killed_and_leaves_nothing_behind(environment, tmp_path):
+    pytest.importorskip("ray")
+    arguments = ["--config.rollout.hosts=2", "--config.rollout.async_ratio=2", "--config.rl.steps=8"]
+    run = Run(tmp_path / "run", environment, *arguments)
+    run.halt(has_record(run, "ipa", 2))
+    processes = psutil.Process(run.process.pid).children(recursive=True)
+    hosts = [process for process in processes if "RolloutHostActor" in " ".join(process.cmdline())]
+    assert len(hosts) == 2
+    hosts[0].kill()
+    run.process.send_signal(signal.SIGCONT)
+    code, output = run.wait()
+    assert code == 0, output
+    gone, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
+    ipa = [record for record in records(tmp_path / "run") if record["stage"] == "ipa"]
+    assert [record["step"] for record in ipa] == list(range(1, 9))
+    assert ipa[-1]["rollout/lost_hosts"] == 1
+    assert all(record["buffer/staleness_max"] <= 2 for record in ipa)
+    assert sum(record["compile/programs"] for record in ipa) == 0
 
 
 def test_mixture_of_experts_held_out_families_and_evaluations_on_the_way(environment, tmp_path):

@@ -1,0 +1,54 @@
+"""What rolls out: environments, engine and runner of a run's settings, in this process or in a rollout host."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from rome.envs import TerminalEnv
+from rome.models import ChatRenderer, ModelConfig, Renderer, TemplateRenderer, Tokenizer
+from rome.models.sharding import make_mesh
+from rome.rollout import DecodeEngine, RolloutRunner
+from rome.training.platform import keep_freed_memory
+from rome.training.pretrained import kept_tokenizer
+from rome.training.settings import RunSettings
+
+
+def make_environment(settings: RunSettings) -> TerminalEnv:
+    """A fresh environment."""
+    e = settings.environment
+    return TerminalEnv(
+        max_chunks=e.max_chunks,
+        max_observation_chars=e.max_observation_chars,
+        command_seconds=e.command_seconds,
+    )
+
+
+def make_renderer(tokenizer: Any) -> Renderer:
+    """Our own chat format for a tokenizer that a run trained, a published model's template for its own."""
+    return ChatRenderer(tokenizer) if isinstance(tokenizer, Tokenizer) else TemplateRenderer(tokenizer)
+
+
+def make_runner(
+    settings: RunSettings, model: ModelConfig, renderer: Renderer, params: Any, version: int
+) -> RolloutRunner:
+    """A runner whose engine is warm. `params` lie where `mesh.rollout` wants them."""
+    engine = DecodeEngine(
+        params,
+        model,
+        settings.engine,
+        renderer.stop_ids,
+        renderer.tokenizer.pad_id,
+        version=version,
+        mesh=make_mesh(settings.mesh.rollout),
+    )
+    engine.warmup()
+    environment = functools.partial(make_environment, settings)
+    return RolloutRunner(engine, renderer, environment, settings.rollout.runner())
+
+
+def host_runner(settings: RunSettings, directory: str, model: ModelConfig, params: Any, version: int) -> RolloutRunner:
+    """The same in a process of its own, that sees the run's directory (it holds the tokenizer)."""
+    keep_freed_memory()
+    return make_runner(settings, model, make_renderer(kept_tokenizer(Path(directory))), params, version)
