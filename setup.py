@@ -20,6 +20,8 @@ ROCK = [
 ]
 # The model service, `rome serve`.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.21"]
+# Rollout hosts.
+RAY = ["ray>=2.50"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
 ORACLES = ["accelerate>=1", "safetensors>=0.5", "torch==2.13.0", "transformers>=5"]
 # llama.cpp, to compare SmolLM2-135M-Instruct with. The model comes without what it asks for, which would be compiled:
