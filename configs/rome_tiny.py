@@ -119,6 +119,23 @@ def get_config() -> ConfigDict:
     )
     config.evaluation = ConfigDict({"tasks": 120, "samples": 3, "every": 0, "tasks_during": 30, "temperature": 1.0})
     one = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+    config.reward = ConfigDict(
+        {
+            "verifier": 1.0,
+            "token_cost": 0.0,
+            "chunk_error": 0.0,
+            "judge": {
+                "weight": 0.0,
+                "url": "",
+                "model": "",
+                "api_key_variable": "",
+                "rubric": "",
+                "seconds": 30.0,
+                "attempts": 3,
+                "max_chars": 20_000,
+            },
+        }
+    )
     config.mesh = ConfigDict({"train": one, "rollout": dict(one)})
     config.checkpoint = ConfigDict({"supervised_every": 100, "every": 10, "keep": 2})
     return config

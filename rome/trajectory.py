@@ -95,11 +95,12 @@ class Trajectory:
 
     Attributes:
       group_id: samples of the same task and seed share it.
-      final_reward: the verifier's reward; None unless `status.is_reliable`.
+      final_reward: the verifier's reward, or a mix that holds it; None unless `status.is_reliable`.
       start_version: the policy version that started the episode; staleness is measured against it.
       intrinsic_rewards: float32[K], one a chunk, or None.
       prefix_chunks: how many leading chunks were replayed from an expert instead of sampled.
       timings: seconds by stage (`generate`, `environment`, `verify`, …).
+      reward_parts: what `final_reward` was mixed from, by name (`verifier`, `judge`, …); empty if it is the verifier's.
     """
 
     id: str
@@ -116,6 +117,7 @@ class Trajectory:
     prefix_chunks: int = 0
     error: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -128,8 +130,8 @@ class Trajectory:
 
     @property
     def succeeded(self) -> bool:
-        """The paper's T⁺: the raw final reward is positive."""
-        return self.final_reward is not None and self.final_reward > 0
+        """The paper's T⁺: the verifier's reward is positive."""
+        return self.final_reward is not None and self.reward_parts.get("verifier", self.final_reward) > 0
 
     def experts(self) -> np.ndarray | None:
         """int16[num_tokens, layers, k]: the experts that each token visited, −1 where not known; None: unrecorded."""
@@ -274,7 +276,7 @@ def trajectory_from_record(record: Any, where: str = "trajectory") -> Trajectory
         status = Status(record.get("status"))
         return _build(
             Trajectory,
-            record,
+            {"reward_parts": {}, **record},  # older files have none
             where,
             task=_build(Task, record.get("task"), f"{where}.task"),
             prompt=_observation(record.get("prompt"), f"{where}.prompt"),

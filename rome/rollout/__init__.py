@@ -9,7 +9,9 @@ from rome.rollout.engine import DecodeEngine, EngineConfig, EngineError, EngineS
 from rome.rollout.episode import ChunkEnv, Deadlines, GroupRequest
 from rome.rollout.hosts import HostConfig, HostedRollouts, HostPool, HostsLost, RolloutTotals
 from rome.rollout.ledger import LedgerError, TokenLedger
+from rome.rollout.rewards import JudgeConfig, RewardConfig, RewardFailure, RewardStage
 from rome.rollout.runner import GroupDropped, RolloutConfig, RolloutRunner, RolloutStats
+from rome.rollout.trace import Trace
 
 __all__ = [
     "BackgroundRollouts",
@@ -29,7 +31,11 @@ __all__ = [
     "HostPool",
     "HostedRollouts",
     "HostsLost",
+    "JudgeConfig",
     "LedgerError",
+    "RewardConfig",
+    "RewardFailure",
+    "RewardStage",
     "RolloutConfig",
     "RolloutRunner",
     "RolloutStats",
@@ -39,4 +45,5 @@ __all__ = [
     "SampleBufferError",
     "Sampled",
     "TokenLedger",
+    "Trace",
 ]

@@ -38,15 +38,17 @@ class ChunkEnv(Protocol):
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that an environment has for `reset`, for a `step` (one tool call), and to `verify` and `close`."""
+    """Seconds that an environment has for `reset`, for a `step` (one tool call), to `verify` and `close`; and that the
+    reward stage has for an episode."""
 
     reset: float = 60.0
     step: float = 30.0
     verify: float = 60.0
     close: float = 10.0
+    reward: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("reset", "step", "verify", "close"):
+        for name in ("reset", "step", "verify", "close", "reward"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"deadlines.{name}: expected seconds > 0, found {getattr(self, name)!r}")
 

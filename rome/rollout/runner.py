@@ -16,13 +16,15 @@ import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rome.envs import EnvFailure
 from rome.models import Renderer
 from rome.rollout.engine import DecodeEngine
 from rome.rollout.episode import ChunkEnv, Deadlines, Episode, GroupRequest
-from rome.rollout.workers import DeadlineExceeded, EnvWorkers
+from rome.rollout.rewards import RewardStage
+from rome.rollout.trace import Trace
+from rome.rollout.workers import DeadlineExceeded, EnvWorkers, Job
 from rome.trajectory import Status, Trajectory
 
 
@@ -97,6 +99,7 @@ class RolloutRunner:
       renderer: tokens ↔ messages.
       env_factory: makes a fresh environment; called in worker threads.
       config: threads, retries and deadlines.
+      rewards: scores finished trajectories in worker threads, once their slot is free; None: as the verifier says.
     """
 
     def __init__(
@@ -105,15 +108,18 @@ class RolloutRunner:
         renderer: Renderer,
         env_factory: Callable[[], ChunkEnv],
         config: RolloutConfig | None = None,
+        rewards: RewardStage | None = None,
     ) -> None:
         self.engine, self.renderer, self.env_factory = engine, renderer, env_factory
-        self.config = config or RolloutConfig()
+        self.config, self.rewards = config or RolloutConfig(), rewards
         self.stats = RolloutStats()
+        self.trace: Trace | None = None  # set it to have what happens written down
         self._workers = EnvWorkers(self.config.env_threads)
         self._slots: list[Episode | None] = [None] * engine.config.slots
         self._queue: deque[Episode] = deque()
         self._groups: dict[str, Group] = {}
         self._closing: list[Episode] = []
+        self._scoring: list[tuple[Episode, Job]] = []
         self._finished: list[Group] = []
 
     def __enter__(self) -> RolloutRunner:
@@ -122,12 +128,15 @@ class RolloutRunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, requests: Sequence[GroupRequest], temperature: float | None = None) -> list[list[Trajectory]]:
+    def run(
+        self, requests: Sequence[GroupRequest], temperature: float | None = None, scored: bool = True
+    ) -> list[list[Trajectory]]:
         """Rolls out the groups in lockstep mode, deterministically.
 
         Args:
           requests: with distinct group ids.
           temperature: overrides the engine's, e.g. for an evaluation; 0 is greedy.
+          scored: False leaves the reward stage out: rewards are the verifier's.
 
         Returns:
           The complete groups in the order of the requests, samples in order. Every trajectory is reliable: lost ones
@@ -138,7 +147,9 @@ class RolloutRunner:
         repeated = sorted(name for name, count in Counter(ids).items() if count > 1)
         if repeated:
             raise ValueError(f"requests: expected distinct group ids, found {repeated} repeatedly")
+        rewards = self.rewards
         try:
+            self.rewards = rewards if scored else None
             for request in requests:
                 self.admit(Group(request))
             cohorts = range(self.engine.config.cohorts)
@@ -150,7 +161,10 @@ class RolloutRunner:
                     self.fill(cohort)
                     self.settle(cohort)
                     self.turn(cohort, temperature)
+                if not any(self._slots):
+                    self.settle_any(timeout=1.0)  # nothing left but to score
         finally:
+            self.rewards = rewards
             self.reset()
         complete = {group.request.group_id: group for group in self.take_finished()}
         return [list(complete[name].samples) for name in ids if name in complete]
@@ -159,8 +173,8 @@ class RolloutRunner:
 
     @property
     def busy(self) -> bool:
-        """Whether any trajectory is in a slot or in the queue."""
-        return bool(self._queue) or any(episode is not None for episode in self._slots)
+        """Whether any trajectory is in a slot, in the queue or being scored."""
+        return bool(self._queue) or bool(self._scoring) or any(episode is not None for episode in self._slots)
 
     @property
     def in_flight(self) -> int:
@@ -189,7 +203,9 @@ class RolloutRunner:
             episode.stage, episode.job = "reset", self._workers.submit(call, deadlines.reset, late=episode.close)
 
     def settle(self, cohort: int, enough: int | None = None, timeout: float | None = None) -> None:
-        """Waits until `enough` (default: all) of the cohort's environment calls have ended; takes their results."""
+        """Waits until `enough` (default: all) of the cohort's environment calls have ended; takes their results, and
+        those of the reward stage."""
+        self._take_scores()
         waiting = [e for slot in self.engine.cohort_slots(cohort) if (e := self._slots[slot]) is not None and e.job]
         if waiting:
             started = time.perf_counter()
@@ -198,14 +214,17 @@ class RolloutRunner:
             self.stats.waited_seconds += time.perf_counter() - started
         for episode in waiting:
             if episode.job.settled:
+                self._note(f"slot {episode.slot}", episode, episode.job)
                 self._take(episode)
 
     def settle_any(self, timeout: float) -> None:
-        """Waits up to `timeout` seconds until any environment call, of whatever cohort, has ended."""
+        """Waits up to `timeout` seconds until any environment call, of whatever cohort, or a score has come."""
         jobs = [episode.job for episode in self._slots if episode is not None and episode.job is not None]
+        jobs += [job for _, job in self._scoring]
         started = time.perf_counter()
         self._workers.wait(jobs, 1, timeout)
         self.stats.waited_seconds += time.perf_counter() - started
+        self._take_scores()
 
     def ready(self, cohort: int) -> list[Episode]:
         """The cohort's trajectories whose next chunk can be decoded, in slot order."""
@@ -217,11 +236,17 @@ class RolloutRunner:
         episodes = self.ready(cohort)
         if not episodes:
             return
-        started, deadlines = time.perf_counter(), self.config.deadlines
+        started, deadlines = time.monotonic(), self.config.deadlines
         # asserts that what the engine holds is an exact prefix of what it is fed
         deltas = {e.slot: e.ledger.delta(self.engine.processed(e.slot)) for e in episodes}
         sampled = self.engine.generate(cohort, deltas, temperature)
-        seconds = time.perf_counter() - started
+        seconds = time.monotonic() - started
+        if self.trace is not None:
+            tokens = sum(len(chunk.tokens) for chunk in sampled.values())
+            version = self.engine.version
+            self.trace.add(
+                f"decode {cohort}", f"{len(episodes)} chunks", started, seconds, tokens=tokens, version=version
+            )
         for episode in episodes:
             chunk = sampled[episode.slot]
             episode.generated(chunk, seconds)
@@ -250,6 +275,8 @@ class RolloutRunner:
         for episode in self._slots:
             if episode is not None:
                 self._release(episode)
+        self._workers.abandon([job for _, job in self._scoring])
+        self._scoring.clear()
         self._queue.clear()
         self._groups.clear()
         self._reap(wait=True)
@@ -260,6 +287,11 @@ class RolloutRunner:
         self._workers.close()
 
     # -- one episode -------------------------------------------------------------------------------------------------
+
+    def _note(self, lane: str, episode: Episode, job: Job) -> None:
+        if self.trace is not None and job.started is not None:
+            failed = {} if job.error is None else {"error": str(job.error)}
+            self.trace.add(lane, episode.stage, job.started, job.seconds, trajectory=episode.id, **failed)
 
     def _episode(self, group: Group, sample: int, attempt: int) -> Episode:
         return Episode(group.request, sample, attempt, self.engine.config.max_length)
@@ -283,7 +315,30 @@ class RolloutRunner:
                 if self.engine.config.record_experts:
                     trajectory = trajectory.with_experts(self.engine.routed_experts(episode.slot))
                 self._release(episode)
-                self._record(group, episode.sample, trajectory)
+                self._score(group, episode, trajectory)
+
+    def _score(self, group: Group, episode: Episode, trajectory: Trajectory) -> None:
+        """Sends a finished trajectory through the reward stage, if there is one."""
+        if self.rewards is None:
+            self._record(group, episode.sample, trajectory)
+            return
+        episode.stage, rewards = "reward", self.rewards
+        job = self._workers.submit(lambda job: rewards(trajectory), self.config.deadlines.reward)
+        self._scoring.append((episode, job))
+
+    def _take_scores(self) -> None:
+        settled = [entry for entry in self._scoring if entry[1].settled]
+        self._scoring = [entry for entry in self._scoring if not entry[1].settled]
+        for episode, job in settled:
+            self._note("reward", episode, job)
+            group = self._groups.get(episode.request.group_id)
+            if group is None or group.request is not episode.request:
+                continue  # given up meanwhile
+            if job.error is not None:
+                self._lost(group, episode, job.error)
+            else:
+                timings = {**job.value.timings, "reward": job.seconds}
+                self._record(group, episode.sample, replace(job.value, timings=timings))
 
     def _record(self, group: Group, sample: int, trajectory: Trajectory) -> None:
         group.samples[sample] = trajectory
@@ -305,7 +360,8 @@ class RolloutRunner:
         else:
             raise error  # a bug, in the environment or here: never hidden behind retries
         self.stats.failures[f"{status.value}/{episode.stage}"] += 1
-        self._release(episode)
+        if episode.stage != "reward":  # then its slot may be another's by now
+            self._release(episode)
         sample = episode.sample
         if group.retries[sample] >= self.config.max_retries:
             reason = f"sample {sample} was lost {group.retries[sample] + 1} times, last in {episode.stage}: {error}"

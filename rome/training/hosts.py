@@ -9,7 +9,8 @@ from typing import Any
 from rome.envs import TerminalEnv
 from rome.models import ChatRenderer, ModelConfig, Renderer, TemplateRenderer, Tokenizer
 from rome.models.sharding import make_mesh
-from rome.rollout import DecodeEngine, RolloutRunner
+from rome.rollout import DecodeEngine, RewardStage, RolloutRunner
+from rome.training.config import ConfigError
 from rome.training.platform import keep_freed_memory
 from rome.training.pretrained import kept_tokenizer
 from rome.training.settings import RunSettings
@@ -30,6 +31,16 @@ def make_renderer(tokenizer: Any) -> Renderer:
     return ChatRenderer(tokenizer) if isinstance(tokenizer, Tokenizer) else TemplateRenderer(tokenizer)
 
 
+def make_rewards(settings: RunSettings) -> RewardStage | None:
+    """The reward stage, if rewards are more than the verifier's. Raises ConfigError for a judge without its key."""
+    if settings.reward.is_verifier_alone:
+        return None
+    try:
+        return RewardStage(settings.reward)
+    except ValueError as error:
+        raise ConfigError(f"config.reward.{error}") from error
+
+
 def make_runner(
     settings: RunSettings, model: ModelConfig, renderer: Renderer, params: Any, version: int
 ) -> RolloutRunner:
@@ -45,7 +56,7 @@ def make_runner(
     )
     engine.warmup()
     environment = functools.partial(make_environment, settings)
-    return RolloutRunner(engine, renderer, environment, settings.rollout.runner())
+    return RolloutRunner(engine, renderer, environment, settings.rollout.runner(), make_rewards(settings))
 
 
 def host_runner(settings: RunSettings, directory: str, model: ModelConfig, params: Any, version: int) -> RolloutRunner:

@@ -19,6 +19,7 @@ from rome.rollout import (
     RolloutRunner,
     RolloutTotals,
     SampleBuffer,
+    Trace,
 )
 from rome.training.resampling import Expert, Resampler, Start, experts_to_imitate
 from rome.training.settings import RunSettings
@@ -141,6 +142,15 @@ class GroupSource:
         if self._pool is not None:
             total.add(self._pool.stats)
         return total
+
+    @property
+    def trace(self) -> Trace | None:
+        """Where this process's rollouts write down what happens when; None: nowhere."""
+        return self._runner.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._runner.trace = trace
 
     def publish(self, params: Any, version: int) -> None:
         """New weights for whatever rolls out."""

@@ -23,7 +23,7 @@ from rome.files import atomic_write
 from rome.models import init_induction, init_params, param_specs, train_tokenizer
 from rome.models.lora import adapt, merge
 from rome.models.sharding import make_mesh, param_shardings
-from rome.rollout import HostPool, RolloutRunner
+from rome.rollout import HostPool, RolloutRunner, Trace
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
 from rome.training.config import open_run
@@ -283,12 +283,14 @@ class Run:
         """Step n: groups sampled by version n (or a little older), one batch of updates, version n + 1 published."""
         s, started = self.settings, time.monotonic()
         before = source.stats
+        keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
+        trace = source.trace = Trace() if keep else None
         with count_compilations() as compiled:
             groups = source.batch(step)
             rolled = time.monotonic()
-            keep = (step + 1) % s.rl.save_every == 0 or step in (0, s.rl.steps - 1)
             samples = [t for group in groups for t in group]
             state, update = trainer.update(state, samples, s.seed + step, keep, source.experts)
+            updated = time.monotonic()
             source.publish(self._rollout_params(state.params), step + 1)
         ended, after = time.monotonic(), source.stats
         metrics = rollout_metrics(groups, step) | update.metrics | source.metrics()
@@ -308,8 +310,15 @@ class Run:
             tokens_per_second=metrics["rollout/tokens_per_second"],
             seconds=metrics["time/step"],
         )
-        if keep:
-            self._keep_trajectories(f"step_{step + 1:06d}", groups, update.annotations)
+        if trace is not None:
+            name, source.trace = f"step_{step + 1:06d}", None
+            trace.add("train", "wait for groups", started, rolled - started, groups=len(groups))
+            trace.add("train", "update", rolled, updated - rolled, samples=len(samples))
+            trace.add("train", "publish weights", updated, ended - updated, version=step + 1)
+            folder = self.directory / "traces"
+            folder.mkdir(exist_ok=True)
+            trace.write(folder / f"{name}.json")
+            self._keep_trajectories(name, groups, update.annotations)
         return state
 
     def _after_step(self, done: int, state: TrainState, source: GroupSource, runner: RolloutRunner) -> None:
@@ -332,7 +341,7 @@ class Run:
         specs = fixed_tasks(families, s.tasks.horizons, tasks, EVALUATION_SEEDS)
         requests = [request_for(spec, f"eval-{name}-{i}", s.evaluation.samples, s.seed) for i, spec in enumerate(specs)]
         self.progress.log(f"evaluating: {len(requests)} tasks × {s.evaluation.samples}")
-        groups = runner.run(requests, temperature=s.evaluation.temperature)
+        groups = runner.run(requests, temperature=s.evaluation.temperature, scored=False)
         result: EvaluationResult = summarize(groups)
         prefix = "eval_held_out" if held_out else "eval"
         self.writer.write(step, "eval", result.metrics(prefix))

@@ -13,7 +13,7 @@ from rome.envs.families import MAX_HORIZON, MIN_HORIZON
 from rome.ipa import ObjectiveConfig, validate_asynchrony
 from rome.models import ModelConfig
 from rome.models.sharding import MeshConfig
-from rome.rollout import Deadlines, EngineConfig, HostConfig, RolloutConfig
+from rome.rollout import Deadlines, EngineConfig, HostConfig, RewardConfig, RolloutConfig
 from rome.training.config import LAUNCH_KEYS, ConfigError, config_to_dataclass
 from rome.training.policy import PolicySettings
 from rome.training.resampling import ResamplingSettings
@@ -227,6 +227,7 @@ class RunSettings:
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     resampling: ResamplingSettings = field(default_factory=ResamplingSettings)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     vocab_size: int | None = None
     digits_per_token: int | None = None
     tensorboard: bool = True

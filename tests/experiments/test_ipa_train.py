@@ -181,6 +181,20 @@ def test_kept_trajectories_come_with_what_the_update_made_of_them(reference):
             assert shown["positive"] == t.succeeded
 
 
+def test_steps_that_are_kept_leave_a_trace(reference):
+    folder = reference / "traces"
+    assert sorted(path.stem for path in folder.iterdir()) == ["step_000001", "step_000002", "step_000004"]
+    for path in folder.iterdir():
+        spans = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+        names = [event["name"] for event in spans]
+        samples = load_trajectories(reference / "trajectories" / f"{path.stem}.msgpack")
+        assert names.count("reset") == len(samples) == 4
+        assert names.count("step") == sum(len(t.chunks) for t in samples)
+        assert [names.count(name) for name in ("wait for groups", "update", "publish weights")] == [1, 1, 1]
+    assert "Timeline of a step" in (reference / "report.html").read_text()
+    assert 'class="card spans"' in (reference / "report.html").read_text()
+
+
 def test_policy_acts_and_learns(reference):
     """The rest of this file would prove little about a policy that never calls a tool, or never changes."""
     found = records(reference)
@@ -369,7 +383,7 @@ def test_a_run_on_ray_hosts_goes_on_when_one_is_killed_and_leaves_nothing_behind
     run.process.send_signal(signal.SIGCONT)
     code, output = run.wait()
     assert code == 0, output
-    gone, alive = psutil.wait_procs(processes, timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
     ipa = [record for record in records(tmp_path / "run") if record["stage"] == "ipa"]
     assert [record["step"] for record in ipa] == list(range(1, 9))

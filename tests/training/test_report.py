@@ -12,6 +12,7 @@ from PIL import Image
 from synthetic_run import FAMILIES, write_run
 
 from rome.models import TokenizerError, train_tokenizer
+from rome.rollout import Trace
 from rome.training.report import write_report
 from rome.training.report.charts import build_charts, smooth
 from rome.training.report.data import before_and_after, stage_seconds, token_pieces
@@ -125,6 +126,31 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
     assert [step["step"] for step in data["steps"]] == [10, 20]
     assert data["steps"][0]["trajectories"][0]["chunks"][0]["return"] is None
     assert any(chart["key"] == "success" for chart in data["charts"])
+
+
+def test_the_newest_trace_is_drawn_to_scale_and_a_damaged_one_is_named(tmp_path):
+    run = write_run(tmp_path / "run", ipa_steps=4)
+    assert "No trace yet" in write_report(run).read_text(encoding="utf-8")
+    (run / "traces").mkdir()
+    for name, lane in (("step_000001", "slot 7"), ("step_000002", "slot 8")):
+        trace = Trace()
+        trace.add("train", "wait for groups", 100.0, 4.0, groups=2)
+        trace.add("decode 0", "3 chunks", 100.0, 1.0, tokens=9)
+        trace.add(lane, "step", 101.0, 2.0, trajectory=HOSTILE)
+        trace.write(run / "traces" / f"{name}.json")
+    tags = Tags(write_report(run).read_text(encoding="utf-8")).found
+    found = {dict(attrs)["class"]: dict(attrs) for tag, attrs in tags if tag == "rect"}
+    assert set(found) == {"wait", "decode", "step"}
+    widths = {name: float(rect["width"]) for name, rect in found.items()}
+    assert widths["wait"] == pytest.approx(2 * widths["step"], abs=0.2)
+    assert widths["step"] == pytest.approx(2 * widths["decode"], abs=0.2)
+    assert float(found["step"]["x"]) == pytest.approx(float(found["wait"]["x"]) + widths["decode"], abs=0.2)
+    assert [tag for tag, _ in tags].count("script") == 2
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "slot 8" in text
+    assert "slot 7" not in text
+    (run / "traces" / "step_000002.json").write_text('{"traceEvents": [{"ph": "X"}]}')
+    assert "traces/step_000002.json: KeyError" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_saved_tokenizer_shows_the_tokens_and_a_wrong_one_is_named(tmp_path):

@@ -33,6 +33,7 @@ from rome.training.report.data import (
     stage_seconds,
 )
 from rome.training.report.plots import save_plots
+from rome.training.report.steps import timeline
 from rome.training.tracking import format_duration
 
 _SCRIPTS = ("base.js", "charts.js", "viewer.js")
@@ -62,6 +63,7 @@ def write_report(
     run = read_run(directory, decode or _saved_tokenizer(directory, problems), max_steps, max_trajectories)
     run.problems.extend(problems)
     charts = build_charts(run.records)
+    drawn = timeline(directory, run.problems)
     save_plots(directory / "plots", charts, f"{directory.resolve().name}: success")
     script = "\n".join(_asset(name) for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -72,6 +74,7 @@ def write_report(
         "overview": _overview(run),
         "problems": _problems(run.problems),
         "results": _results(run),
+        "timeline": drawn or _empty("No trace yet. The first IPA step writes one."),
         "config": _config(run.config),
         "data": _script_json({"charts": [chart.to_json() for chart in charts], "steps": run.steps}),
         "script": script,
