@@ -12,6 +12,7 @@ from rome.rollout.ledger import LedgerError, TokenLedger
 from rome.rollout.rewards import JudgeConfig, RewardConfig, RewardFailure, RewardStage
 from rome.rollout.runner import GroupDropped, RolloutConfig, RolloutRunner, RolloutStats
 from rome.rollout.trace import Trace
+from rome.rollout.tree import MessageTree, Turn
 
 __all__ = [
     "BackgroundRollouts",
@@ -33,6 +34,7 @@ __all__ = [
     "HostsLost",
     "JudgeConfig",
     "LedgerError",
+    "MessageTree",
     "RewardConfig",
     "RewardFailure",
     "RewardStage",
@@ -46,4 +48,5 @@ __all__ = [
     "Sampled",
     "TokenLedger",
     "Trace",
+    "Turn",
 ]
