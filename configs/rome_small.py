@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     )
     config.tasks.horizons = tuple(range(2, 13))
     config.environment.max_chunks = 16
-    config.demonstrations.update(count=4000, flawed_fraction=0.3, balance_chunks=False)
+    config.demonstrations.flawed_fraction = 0.3
     config.cpt.steps = 60
     config.sft.update(steps=2600, rows=8, row_length=384)
     config.rl.update(steps=240, groups=24, row_length=384, max_chunks=48)

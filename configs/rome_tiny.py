@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.environment = ConfigDict({"max_chunks": 10, "max_observation_chars": 200, "command_seconds": 5.0})
-    config.demonstrations = ConfigDict({"count": 2000, "flawed_fraction": 0.35, "balance_chunks": True, "workers": 8})
+    config.demonstrations = ConfigDict({"count": 4000, "flawed_fraction": 0.35, "workers": 8})
     config.copying = ConfigDict({"context": (4, 20), "segment": (2, 6)})
     config.cpt = _supervised(steps=40, rows=32, row_length=64)
     config.sft = _supervised(steps=1500, rows=12, row_length=192)

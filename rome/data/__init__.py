@@ -3,13 +3,12 @@
 from rome.data.copying import copy_exercises
 from rome.data.demonstrations import Episode, collect_episodes, relabel, tokenize_episodes
 from rome.data.names import relabelling
-from rome.data.sampler import TaskSampler, TaskSpec, chunk_balanced, fixed_tasks
+from rome.data.sampler import TaskSampler, TaskSpec, fixed_tasks
 
 __all__ = [
     "Episode",
     "TaskSampler",
     "TaskSpec",
-    "chunk_balanced",
     "collect_episodes",
     "copy_exercises",
     "fixed_tasks",

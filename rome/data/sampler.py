@@ -30,15 +30,6 @@ def fixed_tasks(families: Sequence[str], horizons: Sequence[int], count: int, fi
     return [TaskSpec(*cells[i % len(cells)], seed=first_seed + i) for i in range(count)]
 
 
-def chunk_balanced(horizons: Sequence[int]) -> tuple[int, ...]:
-    """`horizons` with the short ones repeated, so that each gives about as many expert chunks to learn from.
-
-    A loss that counts tokens sees a task of 6 chunks three times as much as one of 2, whose wording is its own.
-    """
-    longest = max(horizons)
-    return tuple(horizon for horizon in horizons for _ in range(round(longest / horizon)))
-
-
 @dataclass
 class TaskSampler:
     """An endless, reproducible stream of training tasks.

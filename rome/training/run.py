@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rome.data import TaskSampler, chunk_balanced, collect_episodes, fixed_tasks, tokenize_episodes
+from rome.data import TaskSampler, collect_episodes, fixed_tasks, tokenize_episodes
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
 from rome.files import atomic_write
 from rome.models import init_induction, init_params, param_specs, train_tokenizer
@@ -118,8 +118,7 @@ class Run:
         if s.pretrained is not None:
             self.tokenizer = adopt(s.pretrained, self.directory)
         first = DEMONSTRATION_SEEDS + (s.seed % 64) * SEEDS_PER_RUN
-        horizons = chunk_balanced(s.tasks.horizons) if s.demonstrations.balance_chunks else s.tasks.horizons
-        specs = fixed_tasks(s.tasks.families, horizons, s.demonstrations.count, first)
+        specs = fixed_tasks(s.tasks.families, s.tasks.horizons, s.demonstrations.count, first)
         self.progress.start("demonstrations", len(specs))
         started = time.monotonic()
         episodes = collect_episodes(

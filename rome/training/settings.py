@@ -65,14 +65,10 @@ class EnvironmentSettings:
 
 @dataclass(frozen=True)
 class DemonstrationSettings:
-    """How many scripted episodes, which fraction is deliberately flawed, how many sandboxes at once.
-
-    balance_chunks: draw short tasks more often, so that every horizon has as many chunks to learn from.
-    """
+    """How many scripted episodes, which fraction is deliberately flawed, how many sandboxes at once."""
 
     count: int
     flawed_fraction: float
-    balance_chunks: bool = False
     workers: int = 8
 
     def __post_init__(self) -> None:

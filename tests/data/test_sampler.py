@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rome.data import TaskSampler, TaskSpec, chunk_balanced, fixed_tasks
+from rome.data import TaskSampler, TaskSpec, fixed_tasks
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN, TRAIN_SEEDS
 
 FAMILIES, HORIZONS = ("a", "b", "c"), (2, 3)
@@ -101,16 +101,3 @@ def test_seeds_in_a_stream_are_distinct_however_it_is_taken():
     assert [spec.seed for spec in singles] == [spec.seed for spec in many]
     assert len({spec.seed for spec in singles}) == 40
     assert np.unique([spec.family for spec in singles]).size == 3
-
-
-def test_balanced_horizons_give_each_about_as_many_chunks():
-    horizons = (2, 3, 4, 5, 6)
-    chunks = Counter()
-    for spec in fixed_tasks(FAMILIES, chunk_balanced(horizons), 900, 0):
-        chunks[spec.horizon] += spec.horizon
-    plain = Counter()
-    for spec in fixed_tasks(FAMILIES, horizons, 900, 0):
-        plain[spec.horizon] += spec.horizon
-    assert set(chunks) == set(horizons)
-    assert max(chunks.values()) / min(chunks.values()) < 1.7 < max(plain.values()) / min(plain.values())
-    assert chunk_balanced((4, 4, 4)) == (4, 4, 4)
