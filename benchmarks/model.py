@@ -162,17 +162,10 @@ def decoding(rounds: int, root: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    here = sys.executable
-    one = dict.fromkeys(["ours", "hf", "llama-f32", "llama-q4"], here)
-    compare(f"SmolLM2-135M, prompt of {len(prompt)}, 1 row", "decode1", folder, one, rounds, 64)
-    compare(
-        f"SmolLM2-135M, prompt of {len(prompt)}, 8 rows",
-        "decode8",
-        folder,
-        dict.fromkeys(["ours", "hf"], here),
-        rounds,
-        8 * 64,
-    )
+    for rows in (1, 8, 32):
+        peers = dict.fromkeys(["ours", "hf", "llama-f32", "llama-q4"], sys.executable)
+        title = f"SmolLM2-135M, prompt of {len(prompt)}, {rows} row{'s' * (rows > 1)}"
+        compare(title, f"decode{rows}", folder, peers, rounds, rows * 64)
 
 
 def main() -> None:

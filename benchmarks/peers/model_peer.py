@@ -42,7 +42,7 @@ def ours_train(folder: Path) -> Work:
     import numpy as np
 
     from rome.models.weights import load_pretrained
-    from rome.training.platform import keep_freed_memory
+    from rome.training.memory import keep_freed_memory
     from rome.training.state import OptimizerConfig, init_state, make_optimizer
     from rome.training.steps import SupervisedBatch, make_supervised_step
 
@@ -71,13 +71,13 @@ def ours_logprob(folder: Path) -> Work:
 
     from rome.models import token_log_probs
     from rome.models.weights import load_pretrained
-    from rome.training.platform import keep_freed_memory
+    from rome.training.memory import AheadOfTime, keep_freed_memory
 
     keep_freed_memory()
     config, params = load_pretrained(folder, scan_layers=False)
     tokens = tokens_of(folder)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-    score = jax.jit(lambda params, *inputs: token_log_probs(params, config, *inputs)[0])
+    score = AheadOfTime(jax.jit(lambda params, *inputs: token_log_probs(params, config, *inputs)[0]))
 
     def work() -> float:
         return float(np.asarray(score(params, tokens, positions, np.ones_like(tokens)))[:, 1:].mean())
@@ -90,7 +90,7 @@ def ours_decode(folder: Path, rows: int) -> Work:
 
     from rome.models.weights import load_pretrained
     from rome.rollout import DecodeEngine, EngineConfig
-    from rome.training.platform import keep_freed_memory
+    from rome.training.memory import keep_freed_memory
 
     keep_freed_memory()
     config, params = load_pretrained(folder)
@@ -184,19 +184,23 @@ def hf_decode(folder: Path, rows: int) -> Work:
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def llama_decode(file: Path) -> Work:
+def llama_decode(file: Path, rows: int) -> Work:
+    from concurrent.futures import ThreadPoolExecutor
+
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+    params.n_ctx, params.n_parallel, params.warmup = 256 * rows, rows, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     prompt = prompt_of(file.parent)
     request = {"prompt": prompt, "max_tokens": NEW, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
 
+    pool = ThreadPoolExecutor(rows)  # its server batches what is asked at the same time
+
     def work() -> list[int]:
-        answer = server.handle_completions(request | {"n_probs": 1})
+        answer, *_ = pool.map(server.handle_completions, [request | {"n_probs": 1}] * rows)
         return [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
 
     return work
@@ -210,8 +214,7 @@ def build(peer: str, task: str, folder: Path) -> Work:
     if task.startswith("decode"):
         rows = int(task.removeprefix("decode"))
         if peer in ("llama-f32", "llama-q4"):
-            assert rows == 1
-            return llama_decode(folder / ("f32.gguf" if peer == "llama-f32" else "q4_1.gguf"))
+            return llama_decode(folder / ("f32.gguf" if peer == "llama-f32" else "q4_1.gguf"), rows)
         return {"ours": ours_decode, "hf": hf_decode}[peer](folder, rows)
     if peer.startswith("hf-"):
         return {"train": hf_train, "logprob": hf_logprob}[task](folder, peer.removeprefix("hf-"))

@@ -11,7 +11,7 @@ from rome.models import ChatRenderer, ModelConfig, Renderer, TemplateRenderer, T
 from rome.models.sharding import make_mesh
 from rome.rollout import DecodeEngine, RewardStage, RolloutRunner
 from rome.training.config import ConfigError
-from rome.training.platform import keep_freed_memory
+from rome.training.memory import keep_freed_memory
 from rome.training.pretrained import kept_tokenizer
 from rome.training.settings import RunSettings
 

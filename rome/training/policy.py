@@ -115,7 +115,7 @@ class PolicyTrainer:
         self._merge(metrics, metrics)
         if s.updates_per_batch > 1 or s.skip_inert:
             self._step.log_probs(state.params, batch)
-        self._step.apply.lower(state, gradients).compile()  # not called: it would need the memory of a second state
+        self._step.apply.compile(state, gradients)  # not called: it would need the memory of a second state
 
     def update(
         self,

@@ -29,7 +29,8 @@ from rome.training.compilations import count_compilations
 from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
 from rome.training.hosts import host_runner, make_environment, make_renderer, make_runner
-from rome.training.platform import keep_freed_memory, require_devices
+from rome.training.memory import keep_freed_memory
+from rome.training.platform import require_devices
 from rome.training.policy import PolicyTrainer
 from rome.training.pretrained import adopt, first_params, kept_config, kept_tokenizer, zero_params
 from rome.training.report import write_report

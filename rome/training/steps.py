@@ -7,7 +7,6 @@ program; the loss's normaliser is the whole batch's, so the split changes nothin
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from rome.ipa import ObjectiveConfig, PolicyBatch, policy_loss, sft_loss
 from rome.models import ModelConfig, SequenceScores, score_sequences
 from rome.models.lora import attach, trained, with_trained
 from rome.models.sharding import Mesh, on_mesh
+from rome.training.memory import AheadOfTime
 from rome.training.state import Params, TrainState, params_shardings, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -48,13 +48,12 @@ def make_supervised_step(
             scores = score_sequences(params, config, batch.tokens, batch.positions, batch.segment_ids)
         return sft_loss(scores.logp, batch.chunk_ids, batch.chunk_mask) + scores.router_loss
 
-    @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: SupervisedBatch) -> tuple[TrainState, Metrics]:
         loss, gradients = jax.value_and_grad(loss_fn)(trained(state.params), state.params, batch)
         state, norm = _apply(state, gradients, config, optimizer, mesh)
         return state, {"train/loss": loss, "train/grad_norm": norm}
 
-    return step
+    return AheadOfTime(jax.jit(step, donate_argnums=0))
 
 
 def _apply(
@@ -128,9 +127,10 @@ class PolicyStep:
                 return gradients
             return jax.lax.with_sharding_constraint(gradients, trained(params_shardings(params, config, mesh)))
 
-        self.accumulate = jax.jit(accumulate, donate_argnums=1)
-        self.apply = jax.jit(
-            lambda state, gradients: _apply(state, gradients, config, optimizer, mesh), donate_argnums=0
-        )
-        self.log_probs = jax.jit(lambda params, batch: log_probs(params, batch)[0])
+        def apply(state: TrainState, gradients: Params) -> tuple[TrainState, jax.Array]:
+            return _apply(state, gradients, config, optimizer, mesh)
+
+        self.accumulate = AheadOfTime(jax.jit(accumulate, donate_argnums=1))
+        self.apply = AheadOfTime(jax.jit(apply, donate_argnums=0))
+        self.log_probs = AheadOfTime(jax.jit(lambda params, batch: log_probs(params, batch)[0]))
         self.zeros = jax.jit(lambda params: placed_like(params, jax.tree.map(_float32_zeros, trained(params))))
