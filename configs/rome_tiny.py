@@ -111,6 +111,7 @@ def get_config() -> ConfigDict:
             "allow_unmasked": False,
             "env_threads": 16,
             "max_retries": 3,
+            "redundancy": 0,
             "hosts": 0,
             "host_cpus": 1.0,
             "host_boot_seconds": 300.0,

@@ -193,7 +193,7 @@ class BackgroundRollouts:
         # before admitting: a group finished by the last turn is neither in flight nor in the buffer
         admission.deliver(runner.take_finished())
         while (group := admission.next(runner.in_flight)) is not None:
-            runner.admit(group)
+            runner.admit(group, runner.config.redundancy)
         if not free_run(runner):
             admission.deliver(runner.take_finished())
             if admission.hopeless and not runner.in_flight:

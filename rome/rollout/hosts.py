@@ -69,10 +69,12 @@ class RolloutTotals:
     Attributes:
       failures: discarded episodes by `<status>/<stage>`; those of `aborted/host` went with a host.
       dropped: group id → why it was given up.
+      cancelled: samples that their group no longer needed.
       swap_seconds: the longest pause in which a host took over new weights.
     """
 
     resampled: int = 0
+    cancelled: int = 0
     lost_hosts: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, GroupDropped] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class RolloutTotals:
         stats, engine = runner.stats, runner.engine.stats
         return cls(
             resampled=stats.resampled,
+            cancelled=stats.cancelled,
             failures=Counter(stats.failures),
             dropped=dict(stats.dropped_groups),
             waited_seconds=stats.waited_seconds,
@@ -96,6 +99,7 @@ class RolloutTotals:
     def add(self, other: RolloutTotals) -> None:
         """Adds another's counts to these."""
         self.resampled += other.resampled
+        self.cancelled += other.cancelled
         self.lost_hosts += other.lost_hosts
         self.failures += other.failures
         self.dropped |= other.dropped
@@ -202,7 +206,7 @@ class RolloutHost:
         while not self._inbox.empty():
             group = self._inbox.get()
             if group is not None:
-                self._runner.admit(group)
+                self._runner.admit(group, self._runner.config.redundancy)
                 continue
             self._runner.reset()
             self._runner.take_finished()
@@ -212,7 +216,7 @@ class RolloutHost:
 
     def _hand_over(self) -> None:
         runner = self._runner
-        finished = [(group.request.group_id, list(group.samples)) for group in runner.take_finished()]
+        finished = [(group.request.group_id, group.samples) for group in runner.take_finished()]
         totals = RolloutTotals.of(runner)
         totals.swap_seconds = self._swap_seconds
         # the causes of a dropped group may be anything, and not everything can be pickled
@@ -449,7 +453,7 @@ class HostedRollouts:
             for name, samples in answer.finished:
                 group = seat.held.pop(name, None)
                 if group is not None:  # else it was finished before a reset that we did not see the end of
-                    group.samples = samples
+                    group.finished = dict(enumerate(samples))
                     self._admission.deliver([group])
                     self._pool.losses = 0
         seat.booting = False

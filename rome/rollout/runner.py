@@ -39,12 +39,15 @@ class RolloutConfig:
     max_retries: how often a sample lost to an infrastructure failure is started again; then its group is dropped.
     deadlines: of the environment calls.
     gather_seconds: free-running mode only: how long a turn waits for more slots once one is ready.
+    redundancy: free-running mode only: samples of a group that are started beyond its size. The first to finish make
+      the group, the others are cancelled: stragglers hold nothing up, but long episodes become rarer than they are.
     """
 
     env_threads: int = 16
     max_retries: int = 3
     deadlines: Deadlines = field(default_factory=Deadlines)
     gather_seconds: float = 0.005
+    redundancy: int = 0
 
     def __post_init__(self) -> None:
         if self.env_threads < 1:
@@ -53,6 +56,8 @@ class RolloutConfig:
             raise ValueError(f"max_retries: expected at least 0, found {self.max_retries}")
         if self.gather_seconds < 0:
             raise ValueError(f"gather_seconds: expected at least 0, found {self.gather_seconds}")
+        if self.redundancy < 0:
+            raise ValueError(f"redundancy: expected at least 0, found {self.redundancy}")
 
 
 @dataclass
@@ -61,6 +66,7 @@ class RolloutStats:
 
     Attributes:
       failures: discarded episodes by `<status>/<stage>`, e.g. `timeout/step`.
+      cancelled: samples that their group no longer needed (`redundancy`).
       dropped_groups: group id → why it was given up.
       waited_seconds: the engine idle, waiting for environments.
       hung_calls: environment calls abandoned at their deadline.
@@ -70,6 +76,7 @@ class RolloutStats:
     chunks: int = 0
     truncated: int = 0
     resampled: int = 0
+    cancelled: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     dropped_groups: dict[str, GroupDropped] = field(default_factory=dict)
     waited_seconds: float = 0.0
@@ -82,13 +89,24 @@ class Group:
     def __init__(self, request: GroupRequest, attempts: Sequence[int] | None = None) -> None:
         self.request = request
         self.attempts = list(attempts or [0] * request.size)  # of each sample, the number of the one in flight
-        self.retries = [0] * request.size
-        self.samples: list[Trajectory | None] = [None] * request.size
-        self.dropped = False
+        self.retries = [0] * len(self.attempts)
+        self.finished: dict[int, Trajectory] = {}
+        self.given_up = 0  # samples that were lost too often
+
+    def extend(self, size: int) -> None:
+        """Makes it a group of `size` samples, if it has fewer, of which `request.size` are needed."""
+        missing = max(0, size - len(self.attempts))
+        self.attempts += [max(self.attempts)] * missing  # a number that no earlier round has used
+        self.retries += [0] * missing
+
+    @property
+    def samples(self) -> list[Trajectory]:
+        """What is finished, in the order of the samples' numbers."""
+        return [self.finished[sample] for sample in sorted(self.finished)]
 
     @property
     def complete(self) -> bool:
-        return all(sample is not None for sample in self.samples)
+        return len(self.finished) >= self.request.size
 
 
 class RolloutRunner:
@@ -167,7 +185,7 @@ class RolloutRunner:
             self.rewards = rewards
             self.reset()
         complete = {group.request.group_id: group for group in self.take_finished()}
-        return [list(complete[name].samples) for name in ids if name in complete]
+        return [complete[name].samples for name in ids if name in complete]
 
     # -- the moves ---------------------------------------------------------------------------------------------------
 
@@ -181,8 +199,9 @@ class RolloutRunner:
         """Groups that are admitted and not yet complete."""
         return len(self._groups)
 
-    def admit(self, group: Group) -> None:
-        """Queues all samples of a group."""
+    def admit(self, group: Group, redundancy: int = 0) -> None:
+        """Queues all samples of a group, and `redundancy` more."""
+        group.extend(group.request.size + redundancy)
         self._groups[group.request.group_id] = group
         for sample, attempt in enumerate(group.attempts):
             self._queue.append(self._episode(group, sample, attempt))
@@ -214,7 +233,6 @@ class RolloutRunner:
             self.stats.waited_seconds += time.perf_counter() - started
         for episode in waiting:
             if episode.job.settled:
-                self._note(f"slot {episode.slot}", episode, episode.job)
                 self._take(episode)
 
     def settle_any(self, timeout: float) -> None:
@@ -300,6 +318,7 @@ class RolloutRunner:
         """Takes the result of the episode's settled environment call."""
         if self._slots[episode.slot] is not episode:
             return  # released a moment ago, with its group
+        self._note(f"slot {episode.slot}", episode, episode.job)
         group, job = self._groups[episode.request.group_id], episode.job
         if job.error is not None:
             self._lost(group, episode, job.error)
@@ -341,12 +360,22 @@ class RolloutRunner:
                 self._record(group, episode.sample, replace(job.value, timings=timings))
 
     def _record(self, group: Group, sample: int, trajectory: Trajectory) -> None:
-        group.samples[sample] = trajectory
+        group.finished[sample] = trajectory
         self.stats.trajectories += 1
         self.stats.truncated += trajectory.status is Status.TRUNCATED
         if group.complete:
-            del self._groups[group.request.group_id]
+            self.stats.cancelled += len(group.attempts) - len(group.finished)
+            self._abandon(group)
             self._finished.append(group)
+
+    def _abandon(self, group: Group) -> list[str]:
+        """Forgets a group; what it has in flight is released. Returns the stages that this was in."""
+        del self._groups[group.request.group_id]
+        self._queue = deque(episode for episode in self._queue if episode.request is not group.request)
+        flying = [e for e in self._slots if e is not None and e.request is group.request]
+        for episode in flying:
+            self._release(episode)
+        return [episode.stage for episode in flying]
 
     def _lost(self, group: Group, episode: Episode, error: BaseException) -> None:
         """Discards an episode that says nothing about the policy, and starts its sample again."""
@@ -364,8 +393,10 @@ class RolloutRunner:
             self._release(episode)
         sample = episode.sample
         if group.retries[sample] >= self.config.max_retries:
-            reason = f"sample {sample} was lost {group.retries[sample] + 1} times, last in {episode.stage}: {error}"
-            self._drop(group, reason, error)
+            group.given_up += 1
+            if len(group.attempts) - group.given_up < group.request.size:
+                times = group.retries[sample] + 1
+                self._drop(group, f"sample {sample} was lost {times} times, last in {episode.stage}: {error}", error)
             return
         group.retries[sample] += 1
         group.attempts[sample] += 1
@@ -378,12 +409,7 @@ class RolloutRunner:
         dropped = GroupDropped(f"group {name}: {reason}")
         dropped.__cause__ = cause
         self.stats.dropped_groups[name] = dropped
-        del self._groups[name]
-        self._queue = deque(episode for episode in self._queue if episode.request is not group.request)
-        for episode in self._slots:
-            if episode is not None and episode.request is group.request:
-                self.stats.failures[f"{Status.ABORTED.value}/{episode.stage}"] += 1
-                self._release(episode)
+        self.stats.failures.update(f"{Status.ABORTED.value}/{stage}" for stage in self._abandon(group))
 
     def _release(self, episode: Episode) -> None:
         """Frees the slot and closes the environment, in a worker."""

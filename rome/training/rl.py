@@ -174,6 +174,7 @@ class GroupSource:
         stats = self.stats
         lost = {
             "rollout/resampled": float(stats.resampled),
+            **({"rollout/cancelled": float(stats.cancelled)} if self._settings.rollout.redundancy else {}),
             "rollout/dropped_groups": float(len(stats.dropped)),
             **({"rollout/lost_hosts": float(stats.lost_hosts)} if self._pool is not None else {}),
             **{f"rollout/failures/{reason}": float(count) for reason, count in stats.failures.items()},

@@ -118,6 +118,7 @@ class RolloutSettings:
     host_silent_seconds: float = 120.0
     env_threads: int = 16
     max_retries: int = 3
+    redundancy: int = 0
     batch_seconds: float = 600.0
     deadlines: Deadlines = field(default_factory=Deadlines)
 
@@ -126,14 +127,22 @@ class RolloutSettings:
         self.runner()
         if self.hosts:
             self.host_config()
-            if self.async_ratio <= 0:
-                raise ValueError(f"async_ratio: expected more than 0 with hosts, found {self.async_ratio:g}")
+        if (self.hosts or self.redundancy) and self.async_ratio <= 0:
+            raise ValueError(
+                f"async_ratio: expected more than 0 with hosts or redundancy, found {self.async_ratio:g}: "
+                "synchronous rollouts are the same every time"
+            )
 
     def host_config(self) -> HostConfig:
         return HostConfig(self.hosts, self.host_cpus, self.host_boot_seconds, self.host_silent_seconds)
 
     def runner(self) -> RolloutConfig:
-        return RolloutConfig(env_threads=self.env_threads, max_retries=self.max_retries, deadlines=self.deadlines)
+        return RolloutConfig(
+            env_threads=self.env_threads,
+            max_retries=self.max_retries,
+            deadlines=self.deadlines,
+            redundancy=self.redundancy,
+        )
 
 
 @dataclass(frozen=True)

@@ -198,3 +198,59 @@ def test_gather_seconds_waits_for_company():
 def test_a_ratio_of_zero_is_refused():
     with pytest.raises(ValueError, match="async_ratio"):
         make(ratio=0.0)
+
+
+def test_a_straggler_is_cancelled_once_its_group_has_enough():
+    """One environment of each group hangs: without a spare sample no group would ever be complete."""
+    release, hung = threading.Event(), set()
+
+    def hang_one_a_group(env):
+        group = env.history.split("/")[0]
+        with env.journal.lock:
+            first = group not in hung
+            hung.add(group)
+        if first:
+            release.wait(WAIT)
+
+    journal = Journal(step_fault=hang_one_a_group)
+    rollouts, buffer, runner, _ = make(journal, ratio=1.0, batch=2, redundancy=1, env_threads=12)
+    with runner, rollouts:
+        groups = [g for _ in range(2) for g in buffer.get_batch(2, 0, timeout=WAIT)]
+        release.set()
+    assert [len(group) for group in groups] == [2] * 4
+    for group in groups:
+        numbers = [int(t.id.split("/")[1].split("+")[0]) for t in group]
+        assert numbers == sorted(set(numbers))
+        assert set(numbers) < {0, 1, 2}
+    assert runner.stats.cancelled >= 4
+    assert not runner.stats.dropped_groups
+    eventually(lambda: journal.opened == journal.closed)
+
+
+def test_a_spare_sample_stands_in_for_one_that_is_lost_for_good():
+    def fail(env):
+        if env.history.endswith("0"):  # see below: the seed of g0
+            with env.journal.lock:
+                env.journal.calls["lost"] += 1
+                if env.journal.calls["lost"] > 1:
+                    return
+            raise OSError("no such sandbox")
+
+    journal = Journal(step_fault=fail)
+    requests = toy_requests(groups=2, size=2)
+    rollouts, buffer, runner, _ = make(journal, ratio=1.0, batch=2, requests=requests, redundancy=1, max_retries=0)
+    with runner, rollouts:
+        groups = buffer.get_batch(2, 0, timeout=WAIT)
+    assert sorted(group[0].group_id for group in groups) == ["g0", "g1"]
+    assert runner.stats.failures["infra_failure/step"] == 1
+    assert not runner.stats.dropped_groups
+
+
+def test_the_spare_samples_of_a_second_round_have_keys_of_their_own():
+    requests = toy_requests(groups=2, size=2)
+    rollouts, buffer, runner, _ = make(ratio=1.0, batch=1, requests=requests, redundancy=2)
+    with runner, rollouts:
+        eventually(lambda: len(buffer) == 2)
+        runner.engine.update_params(toy_params(1), 5)
+        groups = [g for _ in range(2) for g in buffer.get_batch(1, 5, timeout=WAIT)]
+    assert all(t.id.endswith("+1") for group in groups for t in group)
