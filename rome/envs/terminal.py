@@ -22,11 +22,11 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 
 from rock_env import CommandResult, RockError, Sandbox, Snapshot
+from rock_env.harbor import run_verifier, sandbox_spec
 from rome.envs.families import FAMILIES, MAX_HORIZON, MIN_HORIZON
 from rome.envs.generate import draft_task
-from rome.envs.sandboxes import EnvFailure, infrastructure, sandbox_spec
+from rome.envs.sandboxes import EnvFailure, infrastructure
 from rome.envs.tasks import HarborTask, load_task
-from rome.envs.verifier import run_verifier
 from rome.trajectory import Status
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
