@@ -24,6 +24,7 @@ from rock_env.admin.auth import ADMIN_TENANT, Redact, new_key
 from rock_env.admin.control import ControlPlane
 from rock_env.admin.database import Database
 from rock_env.admin.hosts import Host
+from rock_env.admin.hub_routes import HubStore
 from rock_env.admin.link import Link, read_secret
 from rock_env.admin.models import Tenant
 from rock_env.admin.reconcile import Reconciler, local_hosts
@@ -47,6 +48,7 @@ class AdminConfig:
       images: name that tenants use -> what the backend takes.
       certificate, private_key: PEM files, for TLS.
       reconcile_seconds, worker_seconds: see Reconciler. orphan_seconds: see Worker.
+      hub_bytes: what each tenant may keep in the hub; None: no bound.
     """
 
     directory: Path
@@ -63,6 +65,7 @@ class AdminConfig:
     reconcile_seconds: float = 2.0
     worker_seconds: float = 30.0
     orphan_seconds: float = ORPHAN_SECONDS
+    hub_bytes: int | None = 4 << 30
 
     def __post_init__(self) -> None:
         try:
@@ -205,7 +208,7 @@ def serve(config: AdminConfig) -> None:
             raise BackendUnavailable(f"the database cannot be used: {type(error).__name__}") from error
         raise
     configure_process()
-    app = create_app(admin.control)
+    app = create_app(admin.control, HubStore(config.directory / "hub", config.hub_bytes))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: object) -> AsyncIterator[None]:

@@ -21,6 +21,7 @@ def sandbox_spec(
     backend: str | None = None,
     *,
     images: Mapping[str, str] | None = None,
+    remote: bool = False,
     env: Mapping[str, str] | None = None,
 ) -> SandboxSpec:
     """The sandbox of an environment: its files and limits, no tests.
@@ -32,6 +33,7 @@ def sandbox_spec(
       backend: instead of the environment's own choice, which is "bubblewrap" by default.
       images: what the names of images stand for. For "docker" a name that is not among them is the daemon's; for
         "bubblewrap" it is refused, as it would be a directory of this machine.
+      remote: an admin will start it, who knows what images stand for, and whose machine has the programs or has not.
       env: added to the environment's own.
 
     Raises:
@@ -39,9 +41,10 @@ def sandbox_spec(
       SpecError: an image that is nobody's, or a path or variable that no sandbox takes.
     """
     backend = backend or environment.backend or DEFAULT_BACKEND
-    variables, binds = _provide(environment.programs, backend)
+    variables, binds = ({}, {}) if remote else _provide(environment.programs, backend)
+    image = environment.image if remote else _resolve(environment.image, backend, images or {})
     return SandboxSpec(
-        image=_resolve(environment.image, backend, images or {}),
+        image=image,
         files={path: FileEntry(file.content, file.mode) for path, file in environment.files.items()},
         workdir=environment.workdir,
         env={**environment.env, **variables, **(env or {})},
@@ -57,8 +60,10 @@ def sandbox_spec(
 
 
 def _resolve(image: str | None, backend: str, images: Mapping[str, str]) -> str | None:
-    if image is None or image in images:
-        return images[image] if image is not None else None
+    if image is None:
+        return None
+    if image in images:
+        return images[image]
     if backend == DEFAULT_BACKEND:
         known = ", ".join(sorted(images)) or "none is named"
         raise SpecError(f"image: {image!r} stands for no root file system here ({known}); name one, or use docker")
