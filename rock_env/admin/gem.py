@@ -176,9 +176,10 @@ class Environments:
         task = load(wanted.env_id, self._hub.of(who))
         return make_task(task, wanted.agents, wanted.sandboxes, options, place)
 
-    async def reset(self, who: Principal, id: str, seed: int | None, options: dict) -> tuple[Any, Any]:
+    async def reset(self, who: Principal, id: str, seed: int | None) -> tuple[Any, Any]:
+        """Gymnasium's options are not for tenants: one of them may be a path on this machine."""
         live = self._find(who, id)
-        return await self._use(live, list(live.locks), lambda: live.env.reset(seed=seed, options=options or None))
+        return await self._use(live, list(live.locks), lambda: live.env.reset(seed=seed))
 
     async def step(self, who: Principal, id: str, action: str, agent: str | None) -> tuple:
         live = self._find(who, id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
@@ -49,7 +49,6 @@ class MakeBody(Body):
 class ResetBody(Body):
     id: Id
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class StepBody(Body):
@@ -96,7 +95,7 @@ def gem_routes(router: APIRouter, environments: Environments) -> None:
     @router.post("/gem/reset", response_model=ResetOut)
     async def reset(body: ResetBody, who: Who) -> Response:
         """Begin an episode, in fresh sandboxes."""
-        observation, info = await environments.reset(who, body.id, body.seed, body.options)
+        observation, info = await environments.reset(who, body.id, body.seed)
         return Json({"observation": observation, "info": info})
 
     @router.post("/gem/step", response_model=StepOut)

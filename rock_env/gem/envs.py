@@ -32,11 +32,15 @@ def check_agents(agents: Sequence[str], sandboxes: str) -> tuple[str, ...]:
     return names
 
 
-def check_reset(seed: int | None, options: dict[str, Any] | None) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
-        raise SpecError(f"seed: expected an integer >= 0 or None, got {seed!r}")
+def check_reset(seed: int | None, options: dict[str, Any] | None) -> int | None:
+    """The seed as Gymnasium takes it. Raises SpecError for what is no seed, and for options."""
     if options:
         raise SpecError(f"options: expected none, got {next(iter(options))!r}")
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise SpecError(f"seed: expected an integer in 0..2^63-1 or None, got {seed!r}")
+    return int(seed)
 
 
 class TaskEnv(gymnasium.Env[str, str]):
@@ -62,10 +66,10 @@ class TaskEnv(gymnasium.Env[str, str]):
         Raises:
           RockError: the sandbox did not start; the type says why.
         """
-        check_reset(seed, options)
+        seed = check_reset(seed, options)
         super().reset(seed=seed)
         self.close()
-        drawn = int(seed if seed is not None else self.np_random.integers(2**31))
+        drawn = seed if seed is not None else int(self.np_random.integers(2**31))
         self._episode = Episode(self._task, (_ALONE,), drawn, self._settings, self._place)
         return self._task.instruction, {"task": self._task.name, "seed": drawn}
 
@@ -113,11 +117,11 @@ class MultiAgentEnv:
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
         """Fresh sandboxes; (observation, info) by agent. Arguments and errors: see TaskEnv."""
-        check_reset(seed, options)
+        seed = check_reset(seed, options)
         self.close()
         if seed is not None or self._random is None:
             self._random, _ = seeding.np_random(seed)
-        drawn = int(seed if seed is not None else self._random.integers(2**31))
+        drawn = seed if seed is not None else int(self._random.integers(2**31))
         groups = [self.agents] if self.sandboxes == "shared" else [(agent,) for agent in self.agents]
         try:
             for group in groups:

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 
 from rock_env.errors import EnvNotFound
+from rock_env.gem.envs import check_reset
 from rock_env.gem.episode import MAX_SECONDS, Step
 from rock_env.gem.text import AnyText
 from rock_env.remote import Client
@@ -36,10 +37,8 @@ class _Calls:
         self.id = id
         self._client = client
 
-    def reset(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-        seed = int(seed) if hasattr(seed, "__index__") and not isinstance(seed, bool) else seed
-        body = {"id": self.id, "seed": seed, "options": options or {}}
-        reply = self._client.post("/v1/gem/reset", body, _RESET_SECONDS)
+    def reset(self, seed: int | None) -> tuple[Any, dict[str, Any]]:
+        reply = self._client.post("/v1/gem/reset", {"id": self.id, "seed": seed}, _RESET_SECONDS)
         return reply["observation"], reply["info"]
 
     def step(self, action: str, agent: str | None) -> Step:
@@ -63,8 +62,9 @@ class RemoteEnv(gymnasium.Env[str, str]):
         self._calls = calls
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        seed = check_reset(seed, options)
         super().reset(seed=seed)
-        return self._calls.reset(seed, options)
+        return self._calls.reset(seed)
 
     def step(self, action: str) -> Step:
         return self._calls.step(action, None)
@@ -83,7 +83,7 @@ class RemoteMultiAgentEnv:
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        return self._calls.reset(seed, options)
+        return self._calls.reset(check_reset(seed, options))
 
     def step(self, action: str, agent: str) -> Step:
         return self._calls.step(action, agent)

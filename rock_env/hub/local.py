@@ -20,9 +20,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rock_env.errors import BackendUnavailable, EntryCorrupt, EntryNotFound, QuotaExceeded, VersionTaken
 from rock_env.harbor import TaskFile, Tree
@@ -39,6 +40,7 @@ from rock_env.hub.tree import (
     write_tree,
 )
 
+T = TypeVar("T")
 _LOCK_SECONDS = 60.0
 _READ_ONLY = 0o444
 _MAX_MANIFEST_BYTES = 16 << 20
@@ -87,14 +89,20 @@ class LocalHub(Hub):
 
     # -- reading
     def fetch(self, reference: str | Reference) -> tuple[Entry, Tree]:
+        return self._read(reference, lambda record: (record.entry, self._read_object(record)))
+
+    def get(self, reference: str | Reference) -> tuple[Entry, bytes]:
+        """An entry and its encoded manifest, without its files. Raises as `fetch` does."""
+        return self._read(reference, lambda record: (record.entry, encode_manifest(self._read_manifest(record))))
+
+    def _read(self, reference: str | Reference, read: Callable[[_Record], T]) -> T:
         wanted = Reference.parse(reference)
         with store_errors(self.folder):
-            record = self._find(wanted)
             try:
-                return record.entry, self._read_object(record)
+                return read(self._find(wanted))
             except EntryCorrupt:
-                self._find(wanted)  # if it was deleted meanwhile, that is what to say
-                raise
+                with self._lock():  # it may have been deleted (and pushed again) meanwhile: now nothing moves
+                    return read(self._find(wanted))
 
     def search(self, query: str = "") -> list[Entry]:
         words = query.lower().split()
@@ -105,15 +113,6 @@ class LocalHub(Hub):
                 if self._may_see(record) and all(word in text for word in words):
                     found.append(record.entry)
         return sorted(found, key=lambda e: (e.owner, e.name, e.created_at, e.version))
-
-    def get(self, reference: str | Reference) -> tuple[Entry, bytes]:
-        """An entry and its encoded manifest, without its files."""
-        wanted = Reference.parse(reference)
-        with store_errors(self.folder):
-            record = self._find(wanted)
-            data = self._read_manifest(record.digest, str(wanted))
-            decode_manifest(data, record.digest, str(wanted))
-            return record.entry, data
 
     def _may_see(self, record: _Record) -> bool:
         return record.deleted_at is None and (self._is_operator or record.public or record.owner == self.owner)
@@ -150,16 +149,16 @@ class LocalHub(Hub):
     def _object(self, digest: str) -> Path:
         return self.folder / "objects" / digest.removeprefix("sha256:")
 
-    def _read_manifest(self, digest: str, entry: str) -> bytes:
+    def _read_manifest(self, record: Entry) -> Manifest:
         try:
-            return _read_regular(self._object(digest) / "manifest.json", _MAX_MANIFEST_BYTES)
+            data = _read_regular(self._object(record.digest) / "manifest.json", _MAX_MANIFEST_BYTES)
         except FileNotFoundError:
-            raise EntryCorrupt(f"hub entry {entry}: its manifest: expected {digest}, got no such file") from None
+            at = f"hub entry {record.reference}: its manifest"
+            raise EntryCorrupt(f"{at}: expected {record.digest}, got no such file") from None
+        return decode_manifest(data, record.digest, record.reference)
 
     def _read_object(self, record: Entry) -> Tree:
-        data = self._read_manifest(record.digest, record.reference)
-        manifest = decode_manifest(data, record.digest, record.reference)
-        return {each.path: self._read_file(record, each) for each in manifest}
+        return {each.path: self._read_file(record, each) for each in self._read_manifest(record)}
 
     def _read_file(self, record: Entry, expected: FileSum) -> TaskFile:
         try:
@@ -281,10 +280,11 @@ class LocalHub(Hub):
         while True:
             scratch = tmp / secrets.token_hex(8)
             scratch.mkdir()
-            fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if _try_lock(fd) and os.fstat(fd).st_nlink:  # else somebody took it for a leftover, just now
-                break
-            os.close(fd)
+            with contextlib.suppress(FileNotFoundError):  # somebody took it for a leftover, just now
+                fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                if _try_lock(fd) and os.fstat(fd).st_nlink:
+                    break
+                os.close(fd)
         try:
             yield scratch
         finally:

@@ -24,22 +24,22 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ann(admin):
-    return admin.new_tenant("ann")
+    return admin.new_tenant("hub-ann")
 
 
 @pytest.fixture(scope="module")
 def bob(admin):
-    return admin.new_tenant("bob")
+    return admin.new_tenant("hub-bob")
 
 
 def test_a_tenants_versions(ann, tasks, tmp_path):
     mine = RemoteHub(ann)
     entry = mine.push(tasks[0], "answer@1.0+a")
-    assert (entry.owner, entry.kind, entry.description) == ("ann", "task", "Write answer 0.")
+    assert (entry.owner, entry.kind, entry.description) == ("hub-ann", "task", "Write answer 0.")
     assert mine.push(tasks[0], "answer@1.0+a") == entry
     with pytest.raises(VersionTaken, match="a version never changes"):
         mine.push(tasks[1], "answer@1.0+a")
-    for reference in ("answer@1.0+a", f"answer@{entry.digest}", "ann/answer@1.0+a"):
+    for reference in ("answer@1.0+a", f"answer@{entry.digest}", "hub-ann/answer@1.0+a"):
         assert mine.pull(reference, tmp_path / reference.replace("/", "_")) == entry
         assert read_tree(tmp_path / reference.replace("/", "_")) == read_tree(tasks[0])
     assert mine.search("answer write") == mine.list() == [entry]
@@ -56,22 +56,22 @@ def test_a_tenants_versions(ann, tasks, tmp_path):
 def test_what_is_private_does_not_exist_for_others(admin, ann, bob, tasks):
     mine, theirs = RemoteHub(ann), RemoteHub(bob)
     secret, shown = mine.push(tasks[0], "secret@1"), mine.push(tasks[1], "shown@1", public=True)
-    for reference in ("secret@1", "ann/secret@1", f"ann/secret@{secret.digest}", "shown@1", "ann/shown@2"):
+    for reference in ("secret@1", "hub-ann/secret@1", f"hub-ann/secret@{secret.digest}", "shown@1", "hub-ann/shown@2"):
         for use in (theirs.fetch, theirs.delete):
             with pytest.raises(EntryNotFound):
                 use(reference)
     assert theirs.list() == [shown]
-    assert theirs.fetch(f"ann/shown@{shown.digest}")[0] == shown
+    assert theirs.fetch(f"hub-ann/shown@{shown.digest}")[0] == shown
     with pytest.raises(EntryNotFound):
-        theirs.delete("ann/shown@1")
+        theirs.delete("hub-ann/shown@1")
     # The same content of one's own is an entry of one's own, and what becomes of another's is no matter.
     own = theirs.push(tasks[0], "secret@1")
-    assert (own.digest, own.owner) == (secret.digest, "bob")
+    assert (own.digest, own.owner) == (secret.digest, "hub-bob")
     mine.delete("secret@1")
     assert theirs.fetch("secret@1")[0] == own
     operator = RemoteHub(admin.client())
-    assert {e.reference for e in operator.list()} >= {"ann/shown@1", "bob/secret@1"}
-    assert operator.delete("ann/shown@1") == shown
+    assert {e.reference for e in operator.list()} >= {"hub-ann/shown@1", "hub-bob/secret@1"}
+    assert operator.delete("hub-ann/shown@1") == shown
     assert theirs.list() == [own]
 
 
