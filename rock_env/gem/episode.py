@@ -148,10 +148,6 @@ class Episode:
             self.close()
         return Step(observation, reward, not truncated, truncated, {**info, "verified": is_last})
 
-    @property
-    def is_over(self) -> bool:
-        return all(part.is_over for part in self._parts.values())
-
     def close(self) -> None:
         """End the sandbox; a step that is under way fails. May be called again."""
         for part in self._parts.values():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import gymnasium
 
@@ -17,18 +16,10 @@ from rock_env.sandbox import Sandbox
 _MODULES = {"rome": "rome.envs"}  # namespace -> what to import for it
 
 
-@dataclass(frozen=True)
-class Served:
-    """An environment that tenants of an admin may make: the options that are theirs to choose. Its sandboxes start by
-    its argument `start`."""
-
-    options: frozenset[str]
-
-
+# What tenants of an admin may make -> the options that are theirs to choose. Such an environment takes what starts its
+# sandboxes as an argument `start`.
 SERVED = {
-    "rome/Terminal-v0": Served(
-        frozenset({"families", "horizons", "max_chunks", "max_observation_chars", "command_seconds", "backend"})
-    )
+    "rome/Terminal-v0": {"families", "horizons", "max_chunks", "max_observation_chars", "command_seconds", "backend"}
 }
 
 
@@ -58,10 +49,10 @@ def make_registered(env_id: str, **options: object) -> gymnasium.Env:
 
 def make_served(env_id: str, start: Callable[..., Sandbox], options: dict[str, object]) -> gymnasium.Env:
     """An environment for a tenant. Raises SpecError for an id or an option that is not theirs to choose."""
-    served = SERVED.get(env_id)
-    if served is None:
+    known = SERVED.get(env_id)
+    if known is None:
         raise SpecError(f"env_id: expected NAME@VERSION of the hub, or one of {', '.join(SERVED)}, got {env_id!r}")
     for name in options:
-        if name not in served.options:
-            raise SpecError(f"options: {env_id} takes {', '.join(sorted(served.options))}, got {name!r}")
+        if name not in known:
+            raise SpecError(f"options: {env_id} takes {', '.join(sorted(known))}, got {name!r}")
     return make_registered(env_id, start=start, disable_env_checker=True, **options)
