@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from rock_env import Limits, Sandbox, SandboxSpec, doctor, verify_audit_log
+from rock_env import Limits, Sandbox, SandboxSpec, doctor, hub, verify_audit_log
 from rock_env.cli_admin import admin_app, worker
+from rock_env.cli_hub import find_hub, hub_app
 from rock_env.errors import BackendUnavailable, RockError, SpecError
 from rock_env.remote import Client
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 audit_app = typer.Typer(no_args_is_help=True, help="The hash-chained audit logs.")
 app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
+app.add_typer(hub_app, name="hub")
 app.command()(worker)
 _COMMAND = {"allow_interspersed_args": False}
 _FAULT = 125  # the exit code when it was not the command that failed
@@ -37,7 +39,10 @@ _FAULT = 125  # the exit code when it was not the command that failed
 Id = Annotated[str, typer.Argument(help="The sandbox's id.")]
 Words = Annotated[list[str], typer.Argument(help="The command; options after its first word are its own.")]
 Seconds = Annotated[float | None, typer.Option("--timeout", help="Seconds for a command.")]
-Image = Annotated[str | None, typer.Option(help="An image of the admin; without one, a root file system directory.")]
+Image = Annotated[
+    str | None,
+    typer.Option(help="An image of the admin; without one, a root file system directory; or hub://NAME@VERSION."),
+]
 Env = Annotated[list[str], typer.Option("--env", "-e", help="NAME=VALUE; may be repeated.")]
 Limit = Annotated[list[str], typer.Option("--limit", "-l", help="NAME=NUMBER (or none) of rock_env.Limits.")]
 
@@ -83,7 +88,10 @@ def make_spec(image: str | None, env: list[str], limits: list[str], timeout: flo
             raise SpecError(f"--limit {name}: expected a number or none, got {text!r}") from error
     if timeout is not None:
         values["command_seconds"] = timeout
-    return SandboxSpec(image=image, env=_pairs("--env", env), limits=Limits(**values))
+    if image is None or not image.startswith(hub.SCHEME):
+        return SandboxSpec(image=image, env=_pairs("--env", env), limits=Limits(**values))
+    spec = hub.spec(image, find_hub(), remote=find_admin() is not None)
+    return replace(spec, env={**spec.env, **_pairs("--env", env)}, limits=replace(spec.limits, **values))
 
 
 @contextmanager
@@ -117,8 +125,13 @@ def run(
 ) -> None:
     """Run a command in a new sandbox, and end that with it; exits as the command does.
 
-    With --detach (which needs an admin) the sandbox stays, its id is printed, and output goes to run.log inside.
+    `rock run hub://NAME@VERSION -- COMMAND` starts it from an entry of the hub. With --detach (which needs an admin)
+    the sandbox stays, its id is printed, and output goes to run.log inside.
     """
+    if words[0].startswith(hub.SCHEME):
+        image, *words = words
+        if not words:
+            raise SpecError("command: expected one after the hub's entry")
     spec, words = make_spec(image, env, limit, timeout), _words(words)
     if detach:
         sandbox = admin_client().start(spec)

@@ -81,6 +81,48 @@ class NoCapacity(RockError):
     code = "no_capacity"
 
 
+class EntryNotFound(RockError):
+    """The hub has no such entry, or none that is yours or public."""
+
+    code = "no_entry"
+
+
+class VersionTaken(RockError):
+    """A version of a hub's entry is immutable: its content is another, or was deleted."""
+
+    code = "version_taken"
+
+
+class EntryCorrupt(RockError):
+    """A hub's entry is not what was published; the message names the file, and the digests expected and found."""
+
+    code = "corrupt"
+
+
+class EnvNotFound(RockError):
+    """No environment with this id: it was closed, was idle for too long, or went with its admin."""
+
+    code = "no_env"
+
+
+class ResetNeeded(RockError):
+    """The episode has not begun, or is over: reset comes before the next step."""
+
+    code = "reset_needed"
+
+
+class VerifierFailed(RockError):
+    """A task's tests took too long, or left no usable reward."""
+
+    code = "verifier_failed"
+
+
+class EnvFailed(RockError):
+    """An environment failed otherwise than by its sandbox; the episode says nothing about the agent."""
+
+    code = "env_failed"
+
+
 class FileError(RockError, OSError):
     """A file operation inside the sandbox failed; `errno_name` is the symbolic errno, e.g. "ENOENT"."""
 
@@ -107,6 +149,13 @@ ERRORS: dict[str, type[RockError]] = {
         Forbidden,
         QuotaExceeded,
         NoCapacity,
+        EntryNotFound,
+        VersionTaken,
+        EntryCorrupt,
+        EnvNotFound,
+        ResetNeeded,
+        VerifierFailed,
+        EnvFailed,
         FileError,
     )
 }

@@ -11,7 +11,10 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from rock_env.admin import archive, schema
 from rock_env.admin.auth import ADMIN_TENANT, Principal, new_key
 from rock_env.admin.control import REQUEST_SECONDS, START_SECONDS, ControlPlane, Record
+from rock_env.admin.gem import Environments
+from rock_env.admin.gem_routes import gem_routes
 from rock_env.admin.http import Gate, Json, install_errors, principal
+from rock_env.admin.hub_routes import HubStore, hub_routes
 from rock_env.admin.models import State, Tenant
 from rock_env.bubblewrap import entries_of
 from rock_env.errors import Forbidden, NotReady, SandboxNotFound, SpecError
@@ -23,10 +26,10 @@ Who = Annotated[Principal, Depends(principal)]
 SandboxId = Annotated[str, Path(pattern=schema.ID_PATTERN)]
 SnapshotId = Annotated[str, Path(pattern=schema.ID_PATTERN)]
 FilePath = Annotated[str, Query(min_length=1)]
-_ERRORS = {code: {"model": schema.ErrorOut} for code in (401, 403, 404, 409, 410, 413, 422, 429, 503, 504)}
+_ERRORS = {code: {"model": schema.ErrorOut} for code in (401, 403, 404, 409, 410, 413, 422, 424, 429, 502, 503, 504)}
 
 
-def create_app(control: ControlPlane) -> FastAPI:
+def create_app(control: ControlPlane, hub: HubStore, environments: Environments) -> FastAPI:
     """The application. Nothing is answered without a credential but GET /health."""
     app = FastAPI(title="ROCK admin", version="1", openapi_url=None, docs_url=None, redoc_url=None)
     install_errors(app)
@@ -43,6 +46,10 @@ def create_app(control: ControlPlane) -> FastAPI:
         router = APIRouter(prefix="/v1", responses=_ERRORS)
         routes(router, control)
         app.include_router(router)
+    router = APIRouter(prefix="/v1", responses=_ERRORS)
+    hub_routes(router, hub)
+    gem_routes(router, environments)
+    app.include_router(router)
     app.add_middleware(Gate, keyring=control.keyring)
     return app
 

@@ -70,7 +70,7 @@ def unpack(data: bytes, below: str) -> tuple[dict[str, FileEntry], dict[str, str
                     files[f"{path.rstrip('/')}/"] = FileEntry()
                 elif member.issym():
                     links[path] = check_path("archive", member.linkname)
-                elif member.isreg():
+                elif member.isreg() and not member.issparse():  # whose size is not bounded by the archive's
                     content = tar.extractfile(member)
                     mode = None if _KEEP_MODE in member.pax_headers else member.mode & 0o777
                     files[path] = FileEntry(content.read() if content else b"", mode)

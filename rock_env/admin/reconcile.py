@@ -126,8 +126,9 @@ class Reconciler:
             entry = found.get(id)
             if entry is None:
                 await control.move(record, State.LOST, "its worker does not have it")
-            elif entry["state"] == "ended":
-                await control.move(record, State.STOPPED, entry["reason"])
+            elif entry["state"] == "ended":  # by a stop, whose reason the record has, or by itself
+                reason = record.row.reason if state is State.STOPPING else entry["reason"]
+                await control.move(record, State.STOPPED, reason)
             elif state is State.STOPPING:
                 await control.finish_stop(record)
             elif entry["state"] == "running":

@@ -23,7 +23,9 @@ from rock_env.admin.app import create_app
 from rock_env.admin.auth import ADMIN_TENANT, Redact, new_key
 from rock_env.admin.control import ControlPlane
 from rock_env.admin.database import Database
+from rock_env.admin.gem import Environments
 from rock_env.admin.hosts import Host
+from rock_env.admin.hub_routes import HubStore
 from rock_env.admin.link import Link, read_secret
 from rock_env.admin.models import Tenant
 from rock_env.admin.reconcile import Reconciler, local_hosts
@@ -47,6 +49,7 @@ class AdminConfig:
       images: name that tenants use -> what the backend takes.
       certificate, private_key: PEM files, for TLS.
       reconcile_seconds, worker_seconds: see Reconciler. orphan_seconds: see Worker.
+      hub_bytes: what each tenant may keep in the hub; None: no bound.
     """
 
     directory: Path
@@ -63,6 +66,7 @@ class AdminConfig:
     reconcile_seconds: float = 2.0
     worker_seconds: float = 30.0
     orphan_seconds: float = ORPHAN_SECONDS
+    hub_bytes: int | None = 4 << 30
 
     def __post_init__(self) -> None:
         try:
@@ -125,6 +129,8 @@ class Admin:
         self.config = config
         self.control = ControlPlane(Database(config.database_url), config.images, config.backends)
         self.reconciler = Reconciler(self.control, config.reconcile_seconds, config.worker_seconds)
+        self.hub = HubStore(config.directory / "hub", config.hub_bytes)
+        self.environments = Environments(self.control, self.hub)
 
     async def start(self) -> None:
         config, control = self.config, self.control
@@ -137,6 +143,7 @@ class Admin:
         await self.reconciler.load()
         await self._ensure_admin()
         await self.reconciler.start()
+        self.environments.start()
 
     async def _ensure_admin(self) -> None:
         """At the first start: the admin's tenant, and a key in the file `admin.key`."""
@@ -154,7 +161,8 @@ class Admin:
             log.info("the admin's key is in %s", path)
 
     async def stop(self) -> None:
-        """In order: end every sandbox and every worker of ours, and leave nothing."""
+        """In order: end every environment, every sandbox and every worker of ours, and leave nothing."""
+        await self.environments.stop()
         await self.reconciler.close()
         control = self.control
         records = list(control.live.values())
@@ -205,7 +213,7 @@ def serve(config: AdminConfig) -> None:
             raise BackendUnavailable(f"the database cannot be used: {type(error).__name__}") from error
         raise
     configure_process()
-    app = create_app(admin.control)
+    app = create_app(admin.control, admin.hub, admin.environments)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: object) -> AsyncIterator[None]:

@@ -11,52 +11,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium
-import numpy as np
 from gymnasium.error import ResetNeeded
 
-from rock_env import CommandResult, RockError, Sandbox, Snapshot
+from rock_env import RockError, Sandbox, Snapshot
+from rock_env.gem.text import CUT, AnyText, render, run_command
+from rock_env.harbor import run_verifier, sandbox_spec
 from rome.envs.families import FAMILIES, MAX_HORIZON, MIN_HORIZON
 from rome.envs.generate import draft_task
-from rome.envs.sandboxes import EnvFailure, infrastructure, sandbox_spec
+from rome.envs.sandboxes import EnvFailure, infrastructure
 from rome.envs.tasks import HarborTask, load_task
-from rome.envs.verifier import run_verifier
 from rome.trajectory import Status
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_CUT = "\n[cut]"
-MAX_TEXT = 2**20
-
-
-class AnyText(gymnasium.Space[str]):
-    """Every string of at most `max_length` characters, whatever the characters: a command may print anything."""
-
-    def __init__(self, max_length: int = MAX_TEXT, seed: int | np.random.Generator | None = None) -> None:
-        super().__init__(dtype=str, seed=seed)
-        self.max_length = max_length
-
-    def sample(self, mask: None = None, probability: None = None) -> str:
-        """A short word: as an action, a final answer."""
-        return "".join(self.np_random.choice(list("abcdefghij"), size=8))
-
-    def contains(self, x: Any) -> bool:
-        return isinstance(x, str) and len(x) <= self.max_length
-
-    @property
-    def is_np_flattenable(self) -> bool:
-        return False
-
-    def __repr__(self) -> str:
-        return f"AnyText({self.max_length})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, AnyText) and self.max_length == other.max_length
 
 
 @dataclass(frozen=True)
@@ -88,6 +61,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
       max_observation_chars: of a command's output; beyond it the rest is cut, and marked.
       command_seconds: a command that takes longer is killed; what it printed is observed with exit code 124.
       backend: what runs the sandboxes: "bubblewrap" or "docker" (rock_env.SandboxSpec.backend).
+      start: what starts them, with the arguments of Sandbox.start.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's name and type)
@@ -102,10 +76,11 @@ class TerminalEnv(gymnasium.Env[str, str]):
         max_observation_chars: int = 256,
         command_seconds: float = 5.0,
         backend: str = "bubblewrap",
+        start: Callable[..., Sandbox] = Sandbox.start,
     ) -> None:
-        if max_chunks < 1 or max_observation_chars <= len(_CUT) or command_seconds <= 0:
+        if max_chunks < 1 or max_observation_chars <= len(CUT) or command_seconds <= 0:
             raise ValueError(
-                f"expected max_chunks ≥ 1, max_observation_chars > {len(_CUT)} and command_seconds > 0, "
+                f"expected max_chunks ≥ 1, max_observation_chars > {len(CUT)} and command_seconds > 0, "
                 f"got {max_chunks}, {max_observation_chars}, {command_seconds}"
             )
         self.observation_space = AnyText()
@@ -114,6 +89,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         self.max_observation_chars = max_observation_chars
         self.command_seconds = command_seconds
         self.backend = backend
+        self._start = start
         self._families, self._horizons = tuple(families), tuple(horizons)
         self._default = _as_task(task) if task is not None else None
         self._task: HarborTask | None = None
@@ -156,8 +132,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
         if call is None:
             return self._finish("", {"error": False, "exit_code": 0, "timed_out": False}, truncated=False)
         with infrastructure(self.close):
-            result = self._run(call[1])
-        self._observation = self._render(result)
+            result = run_command(self._sandbox.session(), call[1], self.command_seconds)
+        self._observation = render(result, self.max_observation_chars)
         self._seconds += result.seconds
         self.timings["commands"] += result.seconds
         info = {"error": result.exit_code != 0, "exit_code": result.exit_code, "timed_out": result.timed_out}
@@ -201,24 +177,11 @@ class TerminalEnv(gymnasium.Env[str, str]):
         with infrastructure(self.close):
             # A snapshot brings its own.
             spec = sandbox_spec(task, self.command_seconds, self.backend) if snapshot is None else None
-            self._sandbox = Sandbox.start(spec, snapshot=snapshot)
+            self._sandbox = self._start(spec, snapshot=snapshot)
         self._task, self._chunks, self._seconds = task, 0, 0.0
         self.timings = {"start": time.monotonic() - start, "commands": 0.0}
         self._observation = task.task.instruction
         return self._observation, self._info({})
-
-    def _run(self, command: str) -> CommandResult:
-        if "\0" in command:  # no shell takes it; the policy wrote it, so it's the policy's error
-            return CommandResult(2, "bash: a NUL byte can't be part of a command", False, False, None, False, 0.0)
-        return self._sandbox.session().run(command, timeout=self.command_seconds)
-
-    def _render(self, result: CommandResult) -> str:
-        text = result.output.rstrip("\n")
-        if len(text) > self.max_observation_chars:
-            text = text[: self.max_observation_chars - len(_CUT)] + _CUT
-        if result.exit_code != 0:
-            text = f"{text}\n[exit {result.exit_code}]" if text else f"[exit {result.exit_code}]"
-        return text
 
     def _finish(
         self, observation: str, info: dict[str, Any], truncated: bool

@@ -1,7 +1,7 @@
 """What can end a run that is nobody's bug: told in one line instead of a traceback."""
 
 from rock_env import RockError
-from rome.envs import EnvFailure, TaskFormatError
+from rome.envs import EnvFailure
 from rome.models import ConfigError as ModelConfigError
 from rome.models import TokenizerError
 from rome.models.sharding import ShardingError
@@ -24,11 +24,10 @@ EXPECTED_FAILURES: tuple[type[Exception], ...] = (
     ModelConfigError,
     OSError,  # a full disk, a missing permission
     PackingError,
-    RockError,  # no bwrap, limits that this machine can't enforce
+    RockError,  # no bwrap, limits that this machine can't enforce, a malformed task folder
     RolloutsFailed,
     SampleBufferError,
     ShardingError,
-    TaskFormatError,
     TokenizerError,
     TrajectoryError,
     WeightsError,

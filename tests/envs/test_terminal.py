@@ -224,11 +224,11 @@ def test_modes_and_missing_python_are_provided(env: TerminalEnv) -> None:
 
 
 def test_python_is_lent_where_the_machine_has_none(env: TerminalEnv, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rome.envs import sandboxes
+    from rock_env.harbor import setup
 
-    monkeypatch.setattr(sandboxes, "_PROGRAM_FOLDERS", ("/nowhere",))
+    monkeypatch.setattr(setup, "_PROGRAM_FOLDERS", ("/nowhere",))
     env.reset(options={"task": replace(ALWAYS_ZERO, programs=("python3",))})
-    python = f"{sandboxes._PYTHON_HOME}/bin/python3"
+    python = f"{setup._PYTHON_HOME}/bin/python3"
     assert (
         env.step(call(f"type -ap python3 | tail -1; {python} -c 'import json, hashlib; print(1)'"))[0] == f"{python}\n1"
     )

@@ -1,18 +1,24 @@
 """Requests that nobody would write, of the OpenAPI document's kind and otherwise: no answer is a 500."""
 
 import pytest
+from hub_tasks import write_task
+
+from rock_env import gem
+from rock_env.hub.remote import RemoteHub
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 _EXAMPLES = 25  # for each operation
 
 
-def test_no_generated_request_gets_a_500(admin):
+def test_no_generated_request_gets_a_500(admin, tmp_path):
     """Bounded, and against loopback. Sandboxes that a request starts count against a small quota."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
 
-    user = admin.new_tenant("fuzz", max_sandboxes=3, max_snapshots=2)
+    user = admin.new_tenant("fuzz", max_sandboxes=6, max_snapshots=2)
     box = user.start()
+    RemoteHub(user).push(write_task(tmp_path / "task"), "fuzz@1")
+    env = gem.make("fuzz@1", client=user)
     headers = {"Authorization": f"Bearer {user.token}"}
     with admin.http() as http:
         document = http.get("/openapi.json").json()
@@ -26,6 +32,13 @@ def test_no_generated_request_gets_a_500(admin):
                 case.path_parameters["id"] = box.id  # beyond the first check
             if (operation.method.upper(), operation.path) == ("DELETE", "/v1/sandboxes/{id}"):
                 case.path_parameters["id"] = "0" * 16
+            if operation.path.startswith("/v1/hub/entries/") and operation.method.upper() == "GET":
+                case.path_parameters.update(name="fuzz", which="1")
+                case.query = {name: value for name, value in (case.query or {}).items() if name != "owner"}
+            if operation.path in ("/v1/gem/reset", "/v1/gem/step") and isinstance(case.body, dict):
+                case.body["id"] = env.id
+            if operation.path == "/v1/gem/make" and isinstance(case.body, dict):
+                case.body["env_id"] = "fuzz@1"
             if isinstance(case.body, dict):
                 case.body.update({name: 0.2 for name in ("timeout", "queue_seconds") if name in case.body})
             response = case.call(base_url=admin.url, headers=headers, timeout=60)

@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from rock_env import FileEntry, FileError, LimitExceeded, Sandbox
-from rome.envs.sandboxes import EnvFailure
-from rome.envs.tasks import HarborTask
-from rome.trajectory import Status
+from rock_env.errors import FileError, LimitExceeded, VerifierFailed
+from rock_env.harbor.format import VerifiedEnvironment
+from rock_env.sandbox import Sandbox
+from rock_env.spec import FileEntry
 
 TESTS = "/tests"
 REWARDS = "/logs/verifier"
@@ -33,13 +33,13 @@ _RESERVE_BYTES = 64 * 1024
 _RUN = f': > {_RESERVE}; cd "$1" 2>/dev/null || cd /; exec {TESTS}/test.sh'
 
 
-def run_verifier(sandbox: Sandbox, task: HarborTask) -> float:
+def run_verifier(sandbox: Sandbox, task: VerifiedEnvironment) -> float:
     """Ends the agent, brings in the tests, runs them, reads the reward they wrote.
 
     An agent that filled its disk so that the tests have no room gets 0: that is its doing, not the infrastructure's.
 
     Raises:
-      EnvFailure: with status verifier_failure when the tests took too long or left no usable reward.
+      VerifierFailed: the tests took too long, or left no usable reward.
       RockError: the sandbox failed.
     """
     sandbox.kill_all()
@@ -62,17 +62,15 @@ def run_verifier(sandbox: Sandbox, task: HarborTask) -> float:
         env=dict(task.verifier.env),
     )
     if result.timed_out:
-        raise _failure(f"the tests took more than {task.verifier.timeout_seconds} s")
+        raise VerifierFailed(f"the tests took more than {task.verifier.timeout_seconds} s")
     reward = _read(sandbox, "reward.txt", _parse_text)
     if reward is None:
         reward = _read(sandbox, "reward.json", _parse_json)
     if reward is None:
-        raise _failure(f"no usable reward in {REWARDS}; exit code {result.exit_code}, output {result.output[-300:]!r}")
+        raise VerifierFailed(
+            f"no usable reward in {REWARDS}; exit code {result.exit_code}, output {result.output[-300:]!r}"
+        )
     return reward
-
-
-def _failure(message: str) -> EnvFailure:
-    return EnvFailure(Status.VERIFIER_FAILURE, message)
 
 
 def _read(sandbox: Sandbox, name: str, parse: Callable[[str], Any]) -> float | None:
