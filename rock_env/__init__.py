@@ -7,6 +7,7 @@ from rock_env.errors import (
     BackendUnavailable,
     FileError,
     Forbidden,
+    JobNotFound,
     LimitExceeded,
     LimitNotEnforceable,
     NoCapacity,
@@ -19,6 +20,7 @@ from rock_env.errors import (
     SpecError,
     Unauthorized,
 )
+from rock_env.jobs import Chunk, Dropped, Job, JobOutput, JobStatus
 from rock_env.network import NetworkPolicy, NetworkRule
 from rock_env.sandbox import Sandbox, Session, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
@@ -44,11 +46,17 @@ __all__ = [
     "AuditVerdict",
     "Backend",
     "BackendUnavailable",
+    "Chunk",
     "CommandResult",
+    "Dropped",
     "FileEntry",
     "FileError",
     "FileInfo",
     "Forbidden",
+    "Job",
+    "JobNotFound",
+    "JobOutput",
+    "JobStatus",
     "LimitExceeded",
     "LimitNotEnforceable",
     "Limits",

@@ -69,6 +69,8 @@ class BubblewrapBackend(WireCalls):
             "fork",
             "stats",
             "readonly_binds",
+            "jobs",
+            "terminal",
         }
         return frozenset(enforced | always)
 

@@ -39,6 +39,12 @@ class SandboxNotFound(RockError):
     code = "not_found"
 
 
+class JobNotFound(RockError):
+    """The sandbox has no job with this id, or not any more."""
+
+    code = "job_not_found"
+
+
 class SandboxDead(RockError):
     """The sandbox, or the supervisor that held it, has ended; the message says why."""
 
@@ -100,6 +106,7 @@ ERRORS: dict[str, type[RockError]] = {
         LimitNotEnforceable,
         LimitExceeded,
         SandboxNotFound,
+        JobNotFound,
         SandboxDead,
         RequestTimeout,
         NotReady,

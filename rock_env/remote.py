@@ -15,6 +15,7 @@ from urllib.parse import quote
 from rock_env.admin import archive
 from rock_env.errors import BackendUnavailable, Forbidden, RequestTimeout, RockError, SandboxDead, SpecError, from_wire
 from rock_env.network import NetworkPolicy
+from rock_env.remote_calls import SLACK_SECONDS, RemoteCalls
 from rock_env.sandbox import Sandbox, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
 
@@ -26,7 +27,6 @@ except ImportError as missing:
 _CONNECT_SECONDS = 10.0
 _REQUEST_SECONDS = 120.0
 _START_SECONDS = 180.0
-_SLACK_SECONDS = 45.0  # beyond a command's own deadline
 _READ_WAIT_SECONDS = 30.0
 
 
@@ -191,7 +191,7 @@ def _policy_to_json(policy: NetworkPolicy) -> dict:
     return {"allow": [{"host": r.host, "port": r.port, "protocol": r.protocol} for r in policy.allow]}
 
 
-class RemoteBackend:
+class RemoteBackend(RemoteCalls):
     """See rock_env.backend.Backend: each method is one request. What can be enforced is for the admin to say."""
 
     name = "remote"
@@ -203,10 +203,7 @@ class RemoteBackend:
     def capabilities(self) -> frozenset[str]:
         """What a remote sandbox may be asked for; what its worker cannot enforce, that refuses."""
         offered = {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
-        return frozenset(offered | {"session", "snapshot", "fork", "stats"})
-
-    def _at(self, sandbox: str, what: str = "") -> str:
-        return f"/v1/sandboxes/{quote(sandbox, safe='')}{what}"
+        return frozenset(offered | {"session", "snapshot", "fork", "stats", "jobs", "terminal"})
 
     def create(self, spec: SandboxSpec, snapshot: str | None = None) -> str:
         body = {"spec": spec_to_json(spec), "snapshot": snapshot, "wait": True}
@@ -216,11 +213,11 @@ class RemoteBackend:
         self, sandbox: str, argv: list[str], seconds: float, cwd: str | None, env: Mapping[str, str], output_bytes: int
     ) -> CommandResult:
         body = {"command": argv, "timeout": seconds, "cwd": cwd, "env": dict(env)}
-        return CommandResult(**self._client.post(self._at(sandbox, "/execute"), body, seconds + _SLACK_SECONDS))
+        return CommandResult(**self._client.post(self._at(sandbox, "/execute"), body, seconds + SLACK_SECONDS))
 
     def run(self, sandbox: str, session: str, command: str, seconds: float, output_bytes: int) -> CommandResult:
         body = {"command": command, "session": session, "timeout": seconds}
-        return CommandResult(**self._client.post(self._at(sandbox, "/run"), body, seconds + _SLACK_SECONDS))
+        return CommandResult(**self._client.post(self._at(sandbox, "/run"), body, seconds + SLACK_SECONDS))
 
     def put(self, sandbox: str, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None:
         self._client.request("PUT", self._at(sandbox, "/archive"), content=archive.pack(files, links))

@@ -25,6 +25,7 @@ _STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
+    "job_not_found": 404,
     "not_ready": 409,
     "dead": 410,
     "limit_exceeded": 413,

@@ -236,6 +236,11 @@ class Worker:
             result = entry.backend.run(_handle(entry), session, command, seconds, output_bytes)
             return dataclasses.asdict(result), b""
 
+    def do_call(self, blob: bytes, *, id: str, what: str, seconds: float, arguments: dict) -> Reply:
+        """See Backend.call."""
+        with self._using(id) as entry:
+            return entry.backend.call(_handle(entry), what, seconds, blob, **arguments)
+
     def do_put(self, blob: bytes, *, id: str, entries: list[dict]) -> Reply:
         links = {e["path"]: e["target"] for e in entries if e["kind"] == "symlink"}
         with self._using(id) as entry:
@@ -352,6 +357,10 @@ class Worker:
     def _is_busy(entry: Entry) -> bool:
         argv = ["bash", "--norc", "--noprofile", "-c", _COUNT_PROCESSES]
         try:
+            if "jobs" in entry.backend.capabilities:
+                jobs = entry.backend.call(entry.handle, "job_list", 0.0)[0]["jobs"]
+                if any(job["keeps_busy"] for job in jobs):
+                    return True
             result = entry.backend.execute(entry.handle, argv, _PROBE_SECONDS, None, {}, 64)
         except SandboxDead:
             return False

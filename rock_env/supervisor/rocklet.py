@@ -194,6 +194,10 @@ class Rocklet(Operations):
         except NoProcess:
             return self._without_process(arguments["id"]), b""
 
+    async def do_job_start(self, blob: bytes, **arguments) -> Reply:
+        await self._undisturbed()
+        return await super().do_job_start(blob, **arguments)
+
     def _without_process(self, id: str) -> dict:
         """The result of a command when programs of the sandbox have taken the last process: as a shell would say it."""
         cell = self.box(id)
