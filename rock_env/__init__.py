@@ -8,6 +8,7 @@ from rock_env.errors import (
     FileError,
     Forbidden,
     JobNotFound,
+    LeaseLost,
     LimitExceeded,
     LimitNotEnforceable,
     NoCapacity,
@@ -21,6 +22,8 @@ from rock_env.errors import (
     Unauthorized,
 )
 from rock_env.jobs import Chunk, Dropped, Job, JobOutput, JobStatus
+from rock_env.model_proxy.client import ModelRequest, ModelServer
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy, NetworkRule
 from rock_env.sandbox import Sandbox, Session, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
@@ -57,9 +60,13 @@ __all__ = [
     "JobNotFound",
     "JobOutput",
     "JobStatus",
+    "LeaseLost",
     "LimitExceeded",
     "LimitNotEnforceable",
     "Limits",
+    "ModelProxy",
+    "ModelRequest",
+    "ModelServer",
     "NetworkPolicy",
     "NetworkRule",
     "NoCapacity",

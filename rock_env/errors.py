@@ -45,6 +45,12 @@ class JobNotFound(RockError):
     code = "job_not_found"
 
 
+class LeaseLost(RockError):
+    """A model request is not this caller's to answer: it was answered, has gone, or is in other hands."""
+
+    code = "lease_lost"
+
+
 class SandboxDead(RockError):
     """The sandbox, or the supervisor that held it, has ended; the message says why."""
 
@@ -107,6 +113,7 @@ ERRORS: dict[str, type[RockError]] = {
         LimitExceeded,
         SandboxNotFound,
         JobNotFound,
+        LeaseLost,
         SandboxDead,
         RequestTimeout,
         NotReady,

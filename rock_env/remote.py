@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from rock_env.admin import archive
 from rock_env.errors import BackendUnavailable, Forbidden, RequestTimeout, RockError, SandboxDead, SpecError, from_wire
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy
 from rock_env.remote_calls import SLACK_SECONDS, RemoteCalls
 from rock_env.sandbox import Sandbox, Snapshot
@@ -172,6 +173,7 @@ def spec_to_json(spec: SandboxSpec) -> dict:
         "limits": spec.limits.to_wire(),
         "network": _policy_to_json(spec.network),
         "backend": spec.backend,
+        "model_proxy": _model_to_json(spec.model_proxy) if spec.model_proxy is not None else None,
     }
 
 
@@ -180,7 +182,17 @@ def spec_from_json(body: dict) -> SandboxSpec:
     rules = [(rule["host"], rule["port"], rule["protocol"]) for rule in body["network"]["allow"]]
     limits, network = Limits(**body["limits"]), NetworkPolicy.from_wire(rules)
     given = {name: body[name] for name in ("image", "workdir", "backend")}
-    return SandboxSpec(**given, limits=limits, network=network)
+    model = ModelProxy.from_wire(body["model_proxy"]) if body.get("model_proxy") else None
+    return SandboxSpec(**given, limits=limits, network=network, model_proxy=model)
+
+
+def _model_to_json(model: ModelProxy) -> dict:
+    if model.mode == "replay" or model.record is not None or model.api_key or model.url.startswith("http"):
+        raise SpecError(
+            "model_proxy: over REST expected the mode pull, or push with the name of an admin's model as url"
+        )
+    body = {name: value for name, value in model.to_wire().items() if name not in ("record", "replay", "api_key")}
+    return {**body, "models": list(model.models)}
 
 
 def _file_to_json(entry: FileEntry) -> dict:
@@ -203,7 +215,7 @@ class RemoteBackend(RemoteCalls):
     def capabilities(self) -> frozenset[str]:
         """What a remote sandbox may be asked for; what its worker cannot enforce, that refuses."""
         offered = {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
-        return frozenset(offered | {"session", "snapshot", "fork", "stats", "jobs", "terminal"})
+        return frozenset(offered | {"session", "snapshot", "fork", "stats", "jobs", "terminal", "model_proxy"})
 
     def create(self, spec: SandboxSpec, snapshot: str | None = None) -> str:
         body = {"spec": spec_to_json(spec), "snapshot": snapshot, "wait": True}

@@ -1,8 +1,9 @@
-"""The requests of rock_env.jobs, as an admin's REST API takes them."""
+"""The requests of rock_env.jobs and rock_env.model_proxy, as an admin's REST API takes them."""
 
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -69,3 +70,18 @@ class RemoteCalls:
         body = {"rows": size[0], "columns": size[1]}
         self._client.request("PUT", self._job_at(sandbox, job, "/terminal"), limit, json=body)
         return {}, b""
+
+    # -- the agent's model
+    def _model_status(self, sandbox: str, limit: float, blob: bytes) -> Answer:
+        return self._client.get(self._at(sandbox, "/model")), b""
+
+    def _model_next(self, sandbox: str, limit: float, blob: bytes, *, seconds: float) -> Answer:
+        params = {"wait_seconds": seconds}
+        reply = self._client.request("POST", self._at(sandbox, "/model/next"), limit, params=params).json()
+        if reply["request"] is None:
+            return reply, b""
+        return reply, json.dumps(reply["request"].pop("body")).encode()
+
+    def _model_answer(self, sandbox: str, limit: float, blob: bytes, *, request: str, **given: object) -> Answer:
+        where = self._at(sandbox, f"/model/{quote(request, safe='')}/answer")
+        return self._client.post(where, {**given, "body": json.loads(blob)}, limit), b""

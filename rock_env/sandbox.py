@@ -23,6 +23,7 @@ from rock_env.jobs import (
     JobStatus,
     check_size,
 )
+from rock_env.model_proxy.client import ModelServer
 from rock_env.network import NetworkPolicy
 from rock_env.spec import (
     MIB,
@@ -231,6 +232,12 @@ class Sandbox:
         if not isinstance(name, str) or not name:
             raise SpecError(f"session: expected a non-empty name, got {name!r}")
         return Session(self, name)
+
+    # -- the agent's model
+    @property
+    def model(self) -> ModelServer:
+        """What programs inside ask of their model, to be answered: see ModelProxy, mode "pull"."""
+        return ModelServer(self._backend, self.id)
 
     # -- files
     def write_file(self, path: str, content: bytes | str, mode: int | None = None) -> None:

@@ -13,7 +13,7 @@ from rock_env.admin.auth import ADMIN_TENANT, Principal, new_key
 from rock_env.admin.control import REQUEST_SECONDS, START_SECONDS, ControlPlane, Record
 from rock_env.admin.http import Gate, Json, install_errors, principal
 from rock_env.admin.models import State, Tenant
-from rock_env.admin.streams import job_routes
+from rock_env.admin.streams import job_routes, model_routes
 from rock_env.bubblewrap import entries_of
 from rock_env.errors import Forbidden, NotReady, SandboxNotFound, SpecError
 from rock_env.sandbox import argv_of
@@ -41,7 +41,16 @@ def create_app(control: ControlPlane) -> FastAPI:
     async def openapi() -> Response:
         return Json(app.openapi())
 
-    groups = (sandbox_routes, command_routes, job_routes, file_routes, copy_routes, credential_routes, admin_routes)
+    groups = (
+        sandbox_routes,
+        command_routes,
+        job_routes,
+        model_routes,
+        file_routes,
+        copy_routes,
+        credential_routes,
+        admin_routes,
+    )
     for routes in groups:
         router = APIRouter(prefix="/v1", responses=_ERRORS)
         routes(router, control)

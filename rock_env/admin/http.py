@@ -27,6 +27,7 @@ _STATUS = {
     "not_found": 404,
     "job_not_found": 404,
     "not_ready": 409,
+    "lease_lost": 409,
     "dead": 410,
     "limit_exceeded": 413,
     "spec": 422,

@@ -1,11 +1,13 @@
-"""Routes for jobs. Their output comes by long polls: an answer is complete in itself and says from where to go on, so
-that a client whose connection was cut asks again, and any proxy in between will do."""
+"""Routes for jobs, and for the model of an agent. Both wait by long polls: an answer is complete in itself and says
+from where to go on, so that a client whose connection was cut asks again, and any proxy in between will do."""
 
 from __future__ import annotations
 
 import base64
+import json
 import secrets
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, Field
@@ -87,11 +89,31 @@ class OutputOut(BaseModel):
     status: JobOut
 
 
-def job_routes(router: APIRouter, control: ControlPlane) -> None:
+class AnswerBody(schema.Body):
+    """`body`: a completion; with `at` (chunks given before) a list of chunks, the last ones if `done`; with a `status`
+    from 400 on {"message", "code"}."""
+
+    lease: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    body: dict | list
+    status: Annotated[int, Field(ge=400, le=599)] | Literal[200] = 200
+    at: Annotated[int, Field(ge=0, le=_MAX_NUMBER)] | None = None
+    done: bool = True
+
+
+Call = Callable[..., Awaitable[tuple[dict, bytes]]]
+
+
+def _caller(control: ControlPlane) -> Call:
     async def call(who: Principal, id: str, what: str, seconds: float = 0.0, blob: bytes = b"", /, **arguments: object):
         record = await control.find(who, id, "exec")
         limit = seconds + REQUEST_SECONDS
         return await control.call(record, "call", limit, blob, what=what, seconds=seconds, arguments=arguments)
+
+    return call
+
+
+def job_routes(router: APIRouter, control: ControlPlane) -> None:
+    call = _caller(control)
 
     @router.post("/sandboxes/{id}/jobs", status_code=201, response_model=JobOut)
     async def start(id: SandboxId, body: JobBody, who: Who) -> Response:
@@ -165,3 +187,32 @@ def job_routes(router: APIRouter, control: ControlPlane) -> None:
     async def resize(id: SandboxId, job: JobName, body: SizeBody, who: Who) -> Response:
         await call(who, id, "job_resize", job=job, size=[body.rows, body.columns])
         return Response(status_code=204)
+
+
+def model_routes(router: APIRouter, control: ControlPlane) -> None:
+    call = _caller(control)
+
+    @router.get("/sandboxes/{id}/model")
+    async def status(id: SandboxId, who: Who) -> Response:
+        """How many requests of the agent wait, are leased, and were answered."""
+        return Json((await call(who, id, "model_status"))[0])
+
+    @router.post("/sandboxes/{id}/model/next")
+    async def next_request(id: SandboxId, who: Who, wait_seconds: Wait = 0.0) -> Response:
+        """Take the agent's oldest request that nobody has, waiting for one; null if none came.
+
+        It has to be answered within the lease, or else is handed out again.
+        """
+        reply, data = await call(who, id, "model_next", wait_seconds, seconds=wait_seconds)
+        if reply["request"] is not None:
+            reply["request"]["body"] = json.loads(data)
+        return Json(reply)
+
+    @router.post("/sandboxes/{id}/model/{request}/answer")
+    async def answer(
+        id: SandboxId, request: Annotated[str, Path(pattern="^[0-9a-f]{8}-[0-9]{1,12}$")], body: AnswerBody, who: Who
+    ) -> Response:
+        """Answer a request, once: 409 `lease_lost` when it is not the caller's any more."""
+        given = {"lease": body.lease, "status": body.status, "at": body.at, "done": body.done}
+        data = json.dumps(body.body).encode()
+        return Json((await call(who, id, "model_answer", 0.0, data, request=request, **given))[0])

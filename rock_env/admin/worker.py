@@ -23,6 +23,7 @@ from rock_env.admin import archive
 from rock_env.audit import read_audit_log, verify_audit_log
 from rock_env.backend import Backend, get_backend
 from rock_env.errors import RockError, SandboxDead, SandboxNotFound, SpecError
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy
 from rock_env.spec import FileEntry, Limits, SandboxSpec
 
@@ -71,13 +72,22 @@ def spec_to_wire(spec: SandboxSpec) -> dict:
     wire = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "files"}
     binds, env = dict(spec.readonly_binds), dict(spec.env)
     network, limits = spec.network.to_wire(), spec.limits.to_wire()
-    return {**wire, "limits": limits, "network": network, "env": env, "readonly_binds": binds}
+    model = spec.model_proxy.to_wire() if spec.model_proxy is not None else None
+    wire |= {"limits": limits, "network": network, "env": env, "readonly_binds": binds, "model_proxy": model}
+    return wire
 
 
 def spec_from_wire(wire: dict, files: dict[str, FileEntry]) -> SandboxSpec:
     """The inverse of spec_to_wire."""
     limits, network = Limits(**wire["limits"]), NetworkPolicy.from_wire(wire["network"])
-    return SandboxSpec(**{**wire, "limits": limits, "network": network, "files": files})
+    model = ModelProxy.from_wire(wire["model_proxy"]) if wire["model_proxy"] is not None else None
+    return SandboxSpec(**{**wire, "limits": limits, "network": network, "files": files, "model_proxy": model})
+
+
+def without_key(spec: SandboxSpec) -> SandboxSpec:
+    """A spec that may be kept and shown."""
+    model = spec.model_proxy
+    return spec if model is None else replace(spec, model_proxy=replace(model, api_key=""))
 
 
 class Worker:
@@ -278,7 +288,8 @@ class Worker:
         return dataclasses.asdict(entry.backend.stats(_handle(entry))), b""
 
     def do_spec(self, blob: bytes, *, id: str) -> Reply:
-        return {"spec": spec_to_wire(self._entry(id).spec)}, b""
+        """A spec, without the key of its model's server."""
+        return {"spec": spec_to_wire(without_key(self._entry(id).spec))}, b""
 
     # -- snapshots
     def _kept(self, id: str) -> Kept:

@@ -243,7 +243,7 @@ class Box(Runner):
         """Tell programs that start from now on, and shells at their next command, of the proxy's port."""
         names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
         self.proxy_env = dict.fromkeys(names, f"http://127.0.0.1:{port}") if port else {}
-        self.proxy_env |= {"no_proxy": "localhost", "NO_PROXY": "localhost"} if port else {}
+        self.proxy_env |= dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1") if port else {}
 
     def guardians(self) -> set[int]:
         return {self._init, self._monitor}
