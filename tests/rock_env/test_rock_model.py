@@ -160,7 +160,8 @@ def test_tools_of_both_shapes(box):
         {"role": "assistant", "content": [
             {"type": "text", "text": "ok"}, {"type": "tool_use", "id": "t1", "name": "run", "input": {"a": 1}}]},
         {"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "t1", "is_error": True, "content": [{"type": "text", "text": "out"}]},
+            {"type": "tool_result", "tool_use_id": "t1", "is_error": True,
+             "content": [{"type": "text", "text": "out"}]},
             {"type": "text", "text": "next"}]},
     ]  # fmt: skip
     body = {"model": "m", "max_tokens": 5, "system": "be brief", "messages": history, "tools": [tool]}
