@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Protocol
 
 from rock_env.egress import protocol
 from rock_env.egress.protocol import BadRequest
 from rock_env.model_proxy import anthropic
 from rock_env.model_proxy.queue import Answer, Queue
-from rock_env.model_proxy.shapes import CHAT, TEXT, ApiError, Request, check_openai, chunks_of, compact
+from rock_env.model_proxy.shapes import CHAT, TEXT, ApiError, Request, check_openai, chunks_of, compact, parse
 from rock_env.model_proxy.tape import Recorder, Replay
 from rock_env.model_proxy.upstream import Upstream
 
@@ -24,6 +23,7 @@ _POSTS = (CHAT, TEXT, MESSAGES)
 _HEAD_SECONDS, _BODY_SECONDS, _SEND_SECONDS = 300.0, 60.0, 60.0
 _LINGER_SECONDS = 1.0
 _CONNECTIONS = 64
+_BODIES = 4  # of the largest size, that may wait for answers at once: they take memory outside the sandbox
 _BURST, _PER_SECOND = 200, 50.0  # of requests, each of which leaves a line or two in the audit log
 _WATCH_SECONDS = 0.25
 _CHUNK = 64 << 10
@@ -45,6 +45,7 @@ class _Incoming:
     def __init__(self, method: str, path: str, headers: dict[str, str], keeps: bool) -> None:
         self.method, self.path, self.headers, self.keeps = method, path, headers, keeps
         self.body = b""
+        self.is_recorded = False
 
     @property
     def speaks_anthropic(self) -> bool:
@@ -62,6 +63,7 @@ class Endpoint:
         self._server: asyncio.Server | None = None
         self._live: set[asyncio.Task] = set()
         self._tokens, self._refilled = float(_BURST), time.monotonic()
+        self._held = 0  # bytes of bodies whose requests are not answered yet
         self._names = 0
         self._prefix = secrets.token_hex(4)  # names are not used again when this process is replaced
 
@@ -106,11 +108,12 @@ class Endpoint:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_SECONDS)
             incoming, size = _parse(head[:-4])
             await self._take_token()
-            limit = self._settings["max_body_bytes"]
-            if incoming.headers.get("expect", "").lower() == "100-continue":
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            incoming.body = await asyncio.wait_for(_read_body(reader, size, limit), _BODY_SECONDS)
-            await self._handle(incoming, reader, writer)
+            with self._holding(size):
+                if incoming.headers.get("expect", "").lower() == "100-continue":
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                read = _read_body(reader, size, self._settings["max_body_bytes"])
+                incoming.body = await asyncio.wait_for(read, _BODY_SECONDS)
+                await self._handle(incoming, reader, writer)
             return incoming.keeps
         except asyncio.LimitOverrunError:
             error = ApiError(400, "invalid_request", "the request head is too long")
@@ -118,12 +121,30 @@ class Endpoint:
             error = ApiError(400, "invalid_request", str(bad))
         except ApiError as refused:
             error = refused
-        await self._report_event("model_refused", method=incoming.method, status=error.status, code=error.code)
-        keeps = incoming.keeps and error.status != 413 and bool(incoming.path)
+        if not incoming.is_recorded:
+            shown = {"method": incoming.method[:20], "status": error.status, "code": error.code}
+            await self._report_event("model_refused", **shown)
+        keeps = incoming.keeps and bool(incoming.body)
         await _send_error(writer, incoming, error, keeps)
         if not keeps:
             await _linger(reader, writer)
         return keeps
+
+    @contextlib.contextmanager
+    def _holding(self, size: int | None) -> Iterator[None]:
+        """Count a body, of a size that may not be known yet, until its request is answered. Raises ApiError."""
+        limit = self._settings["max_body_bytes"]
+        size = limit if size is None else size
+        if size > limit:
+            raise _too_large(limit)
+        if self._held + size > _BODIES * limit:
+            text = "the bodies of the requests that wait for answers are too large together"
+            raise ApiError(429, "too_much_at_once", text)
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
 
     async def _take_token(self) -> None:
         while True:
@@ -152,8 +173,8 @@ class Endpoint:
         if incoming.method != "POST":
             raise ApiError(405, "method_not_allowed", f"{incoming.path}: expected POST")
         try:
-            body = json.loads(incoming.body)
-        except (ValueError, RecursionError) as error:
+            body = parse(incoming.body)
+        except ValueError as error:
             raise ApiError(400, "invalid_json", "body: expected JSON") from error
         if incoming.path == MESSAGES:
             path, chat = CHAT, anthropic.to_chat(body)
@@ -162,6 +183,7 @@ class Endpoint:
         self._names += 1
         request = Request(f"{self._prefix}-{self._names}", path, chat)
         shown = {"request": request.id, "method": "POST", "path": incoming.path, "model": ascii(request.model)[1:-1]}
+        incoming.is_recorded = True
         await self._report_event("model_request", **shown, stream=request.is_stream, bytes=len(incoming.body))
         await self._until_gone(self._answer(request, incoming, writer), reader)
 
@@ -322,17 +344,18 @@ def _parse(head: bytes) -> tuple[_Incoming, int | None]:
     return _Incoming(method, path, named, keeps), protocol.body_bytes(headers)
 
 
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, "request_too_large", f"the body: expected at most {limit} bytes")
+
+
 async def _read_body(reader: asyncio.StreamReader, size: int | None, limit: int) -> bytes:
     """Raises ApiError, BadRequest."""
-    too_large = ApiError(413, "request_too_large", f"the body: expected at most {limit} bytes")
     if size is not None:
-        if size > limit:
-            raise too_large
         return await reader.readexactly(size)
     body = bytearray()
     while size := protocol.chunk_size(await reader.readuntil(b"\r\n")):
         if len(body) + size > limit:
-            raise too_large
+            raise _too_large(limit)
         body += await reader.readexactly(size)
         if await reader.readexactly(2) != b"\r\n":
             raise BadRequest("malformed chunk")

@@ -15,7 +15,7 @@ import socket
 from rock_env import wire
 from rock_env.model_proxy.endpoint import Endpoint, make_source
 from rock_env.model_proxy.queue import LeaseLost, Queue
-from rock_env.model_proxy.shapes import ApiError, compact
+from rock_env.model_proxy.shapes import ApiError, compact, parse
 from rock_env.model_proxy.tape import Recorder
 from rock_env.supervisor import linux, seccomp
 
@@ -117,7 +117,7 @@ class Process:
         """`blob` is a completion; with a `status` beyond 200, {"message", "code"?}; with `at`, a list of chunks."""
         queue = self._queue(sandbox)
         try:
-            answer = json.loads(blob)
+            answer = parse(blob)
             if status != 200:
                 message, code = str(answer["message"]), str(answer.get("code") or "model_error")
                 queue.fail(request, lease, ApiError(status, code, message))

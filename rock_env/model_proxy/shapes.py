@@ -115,5 +115,18 @@ def chunks_of(request: Request, answer: dict) -> Iterator[dict]:
         yield {**base, "choices": [], "usage": answer["usage"]}
 
 
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def parse(data: bytes) -> object:
+    """JSON, strictly: no NaN or Infinity. Raises ValueError."""
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def compact(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    """JSON in ASCII: half a surrogate pair would be no UTF-8."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 from rock_env.model_proxy.queue import Answer
-from rock_env.model_proxy.shapes import ApiError, Request, check_answer, check_chunk, compact
+from rock_env.model_proxy.shapes import ApiError, Request, check_answer, check_chunk, compact, parse
 
-_THREADS = 256
+_THREADS = 16  # of a sandbox: requests that are under way at once
 _CONNECT_SECONDS = 10.0
 _END = b"[DONE]"
 
@@ -145,7 +145,7 @@ class _Exchange:
             raise self._too_large()
         if response.status != 200:
             raise self._error_of(response.status, data)
-        body = json.loads(data)
+        body = parse(data)
         if not isinstance(body, dict):
             raise ValueError("not an object")
         self._tell(self._begin, body)
@@ -174,7 +174,7 @@ class _Exchange:
             if data == _END:
                 self._tell(self._events.put_nowait, None)
                 return
-            event = json.loads(data)
+            event = parse(data)
             if isinstance(event, dict) and "error" in event:
                 raise ApiError(502, "model_error", self._upstream._scrubbed(str(event["error"]))[:2000])
             self._tell(self._events.put_nowait, check_chunk(event))

@@ -154,8 +154,8 @@ class Server(Operations):
                 await self._set_policy(box, spec["network"])
             if spec["model_proxy"]:
                 await self.models.open(box)
-        except Fault as fault:
-            await box.stop(f"start failed: {fault}")
+        except (Fault, OSError) as error:
+            await box.stop(f"start failed: {error}")
             raise
         return {"id": box.name}, b""
 

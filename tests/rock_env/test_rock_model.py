@@ -201,6 +201,7 @@ def test_tools_of_both_shapes(box):
     ("request_", "status", "code", "message"),
     [
         ({"path": "/v1/chat/completions", "body": "{"}, 400, "invalid_json", "body: expected JSON"),
+        ({"path": "/v1/chat/completions", "body": '{"model": NaN}'}, 400, "invalid_json", "body: expected JSON"),
         ({"path": "/v1/chat/completions", "body": {"model": "m"}}, 400, "invalid_request", "messages: expected"),
         ({"path": "/v1/chat/completions", "body": {"messages": [1]}}, 400, "invalid_request", "model: expected"),
         ({"path": "/v1/completions", "body": {"model": "m"}}, 400, "invalid_request", "prompt: expected"),
@@ -389,6 +390,15 @@ def test_bodies_are_bounded():
         assert fine["status"] == 200
         assert box.execute(["python3", "-c", chunked]).output.startswith("413 ")
         assert box.model.next(0) is None
+        many = ask(box, *(chat("x" * 9000) for _ in range(6)), together=True)
+        taken = [take(box) for _ in range(4)]
+        deadline = time.monotonic() + SECONDS
+        while sum(r["event"] == "model_refused" and r["code"] == "too_much_at_once" for r in records_of(box)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for request in taken:
+            request.answer(completion("fits"))
+        assert sorted(answer["status"] for answer in answers_of(many)) == [200] * 4 + [429] * 2
 
 
 # -- push
@@ -446,11 +456,11 @@ def test_the_key_is_nowhere_in_the_sandbox(server):
             output = session.run(command, timeout=SECONDS).output
             assert KEY not in output
             assert "very-secret" not in output
-        # not even told what to look for in this command, lest it finds itself
-        search = (
-            "grep -rslF \"$(printf 'sk-very-%s' secret-4f1d)\" / --exclude-dir=sys --exclude-dir=usr --exclude-dir=proc"
-        )
+        # The command does not say what it looks for, lest it finds itself.
+        search = "grep -rslF --exclude-dir={sys,usr,proc} $(printf 'sk-very-%s' secret-4f1d) /"
         assert session.run(search, timeout=SECONDS).output == ""
+        box.write_file("planted", KEY)
+        assert session.run(search, timeout=SECONDS).output == "/app/planted\n"
         assert session.run("echo $OPENAI_API_KEY $ANTHROPIC_API_KEY $OPENAI_BASE_URL $ANTHROPIC_BASE_URL").output == (
             "sandbox sandbox http://127.0.0.1:8011/v1 http://127.0.0.1:8011\n"
         )
@@ -523,6 +533,11 @@ def test_every_request_is_on_record_without_what_it_says(server):
         )  # fmt: skip
         assert (answered["request"], answered["status"]) == (asked["request"], 200)
         assert answered["bytes"] > 100
+        failed = answers_of(ask(box, chat("fail")))[0]
+        assert failed["status"] == 400
+        assert [(r["event"], r.get("status")) for r in records_of(box)[-2:]] == [
+            ("model_request", None), ("model_answer", 400)
+        ]  # fmt: skip
         assert (found[5][1]["status"], found[5][1]["code"]) == (404, "unknown_url")
         log = Path(get_backend("bubblewrap").audit_log).read_text()
         assert secret not in log

@@ -47,15 +47,14 @@ def endpoint():
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     with openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60) as client:
         yield client, answer, reports
-    for task in tasks:
-        task.cancel()
-
     async def end():
         live = list(made._live)
         made.close()
         await asyncio.gather(*live, return_exceptions=True)
 
     asyncio.run_coroutine_threadsafe(end(), loop).result(30)
+    for task in tasks:
+        task.result(30)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(30)
     loop.close()
