@@ -7,6 +7,8 @@ from rock_env.errors import (
     BackendUnavailable,
     FileError,
     Forbidden,
+    JobNotFound,
+    LeaseLost,
     LimitExceeded,
     LimitNotEnforceable,
     NoCapacity,
@@ -19,6 +21,9 @@ from rock_env.errors import (
     SpecError,
     Unauthorized,
 )
+from rock_env.jobs import Chunk, Dropped, Job, JobOutput, JobStatus
+from rock_env.model_proxy.client import ModelRequest, ModelServer
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy, NetworkRule
 from rock_env.sandbox import Sandbox, Session, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
@@ -44,14 +49,24 @@ __all__ = [
     "AuditVerdict",
     "Backend",
     "BackendUnavailable",
+    "Chunk",
     "CommandResult",
+    "Dropped",
     "FileEntry",
     "FileError",
     "FileInfo",
     "Forbidden",
+    "Job",
+    "JobNotFound",
+    "JobOutput",
+    "JobStatus",
+    "LeaseLost",
     "LimitExceeded",
     "LimitNotEnforceable",
     "Limits",
+    "ModelProxy",
+    "ModelRequest",
+    "ModelServer",
     "NetworkPolicy",
     "NetworkRule",
     "NoCapacity",

@@ -12,7 +12,7 @@ from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxSpec, Sandb
 
 CAPABILITIES = frozenset(
     {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
-    | {"session", "snapshot", "fork", "stats", "readonly_binds"}
+    | {"session", "snapshot", "fork", "stats", "readonly_binds", "jobs", "terminal", "model_proxy"}
 )
 
 
@@ -36,6 +36,12 @@ class Backend(Protocol):
     ) -> CommandResult: ...
 
     def run(self, sandbox: str, session: str, command: str, seconds: float, output_bytes: int) -> CommandResult: ...
+
+    def call(
+        self, sandbox: str, op: str, seconds: float, blob: bytes = b"", /, **arguments: object
+    ) -> tuple[dict, bytes]:
+        """What rock_env.jobs and rock_env.model_proxy ask of a sandbox; it may take `seconds` by itself."""
+        ...
 
     def put(self, sandbox: str, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None: ...
 

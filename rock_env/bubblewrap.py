@@ -10,6 +10,7 @@ import threading
 from rock_env.calls import REQUEST_SECONDS, WireCalls, entries_of
 from rock_env.client import Supervisor
 from rock_env.errors import BackendUnavailable, SandboxDead
+from rock_env.model_proxy.settings import check_url
 from rock_env.network import NetworkPolicy
 from rock_env.spec import SandboxSpec
 
@@ -69,6 +70,9 @@ class BubblewrapBackend(WireCalls):
             "fork",
             "stats",
             "readonly_binds",
+            "jobs",
+            "terminal",
+            "model_proxy",
         }
         return frozenset(enforced | always)
 
@@ -91,12 +95,16 @@ class BubblewrapBackend(WireCalls):
 
     def create(self, spec: SandboxSpec, snapshot: str | None = None) -> str:
         entries, blob = entries_of(spec.files, {})
+        model = spec.model_proxy
+        if model is not None and model.url:
+            check_url(model.url)
         wire_spec = {
             "image": os.path.abspath(spec.image) if spec.image is not None else None,
             "workdir": spec.workdir,
             "env": dict(spec.env),
             "limits": spec.limits.to_wire(),
             "network": spec.network.to_wire(),
+            "model_proxy": model.to_wire() if model is not None else None,
             "readonly_binds": {os.path.abspath(source): target for source, target in spec.readonly_binds.items()},
         }
         if snapshot is not None:

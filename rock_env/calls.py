@@ -47,6 +47,11 @@ class WireCalls:
         reply, _ = self._call(sandbox, "run", seconds + SLACK_SECONDS, data, **arguments)
         return CommandResult(**reply)
 
+    def call(
+        self, sandbox: str, op: str, seconds: float, blob: bytes = b"", /, **arguments: object
+    ) -> tuple[dict, bytes]:
+        return self._call(sandbox, op, seconds + SLACK_SECONDS, blob, **arguments)
+
     def put(self, sandbox: str, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None:
         entries, blob = entries_of(files, links)
         self._call(sandbox, "put", REQUEST_SECONDS, blob, entries=entries)

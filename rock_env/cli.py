@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rock_env import Limits, Sandbox, SandboxSpec, doctor, hub, verify_audit_log
+from rock_env import Job, Limits, Sandbox, SandboxSpec, doctor, hub, terminal, verify_audit_log
 from rock_env.cli_admin import admin_app, worker
 from rock_env.cli_hub import find_hub, hub_app
 from rock_env.errors import BackendUnavailable, RockError, SpecError
@@ -150,9 +151,23 @@ def execute(
     words: Words,
     session: Annotated[str | None, typer.Option(help="Run as shell text in this session, which remembers.")] = None,
     timeout: Seconds = None,
+    stream: Annotated[bool, typer.Option("--stream", "-s", help="Show output as it comes.")] = False,
+    interactive: Annotated[bool, typer.Option("--stdin", "-i", help="Pass our standard input on; streams.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running; prints the job's id.")] = False,
 ) -> None:
-    """Run a command in a sandbox that is there already; exits as the command does."""
+    """Run a command in a sandbox that is there already; exits as the command does.
+
+    With --stream, Ctrl-C interrupts the command, and a second one kills it.
+    """
     sandbox, words = admin_client().sandbox(id), _words(words)
+    if session is not None and (stream or interactive or detach):
+        raise SpecError("--session: expected neither --stream, --stdin nor --detach with it")
+    if detach:
+        print(sandbox.start_job(words, timeout).id)
+        return
+    if stream or interactive:
+        job = sandbox.start_job(words, timeout, stdin=interactive)
+        raise typer.Exit(terminal.follow(job, sys.stdin.fileno() if interactive else None))
     if session is not None:
         result = sandbox.session(session).run(" ".join(words), timeout)
     else:
@@ -167,34 +182,23 @@ def shell(
         str | None, typer.Argument(help="A sandbox; without one, a new one that ends with the shell.")
     ] = None,
     image: Image = None,
-    timeout: Seconds = 600.0,
 ) -> None:
-    """Type commands, line by line, into a session. Ends at the end of input or `exit`; Ctrl-C kills what runs."""
+    """A shell in a sandbox, in a terminal of its own if this is one; exits as the shell does."""
     if id is not None:
-        raise typer.Exit(_converse(admin_client().sandbox(id), timeout))
+        raise typer.Exit(_converse(admin_client().sandbox(id)))
     with _new_sandbox(make_spec(image, [], [], None)) as sandbox:
-        code = _converse(sandbox, timeout)
+        code = _converse(sandbox)
     raise typer.Exit(code)
 
 
-def _converse(sandbox: Sandbox, timeout: float | None) -> int:
-    session, code, prompt = sandbox.session("shell"), 0, "rock> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(prompt)
-        except EOFError:
-            return code
-        if line.strip() == "exit":
-            return code
-        try:
-            result = session.run(line, timeout)
-        except KeyboardInterrupt:
-            sandbox.kill_all()
-            continue
-        _show(result.output)
-        code = result.exit_code
-        if result.timed_out:
-            print(f"rock: killed after {timeout:g} s", file=sys.stderr)
+def _converse(sandbox: Sandbox) -> int:
+    fd = sys.stdin.fileno()
+    if not os.isatty(fd):
+        return terminal.follow(sandbox.start_job(["bash", "--norc", "--noprofile"], stdin=True), fd)
+    env = {"TERM": os.environ.get("TERM", "xterm"), "PS1": "\\w $ "}
+    size = terminal.window_size(fd)
+    job = sandbox.start_job(["bash", "--norc", "--noprofile", "-i"], env=env, terminal=size)
+    return terminal.attach(job, fd)
 
 
 @app.command()
@@ -236,9 +240,16 @@ def ps(
 
 
 @app.command()
-def logs(id: Id) -> None:
+def logs(
+    id: Id,
+    job: Annotated[str | None, typer.Argument(help="A job (`rock jobs`): show its output instead.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended; exits as it does.")] = False,
+) -> None:
     """What has become of a sandbox, and what it tried: its states, and its records in the audit log."""
     client = admin_client()
+    if job is not None:
+        _show_job(client.sandbox(id).job(job), follow)
+        return
     lines = [(row["at"], row["state"], row["reason"]) for row in client.get(f"/v1/sandboxes/{id}/history")]
     report = client.audit(id)
     hidden = ("n", "time", "event", "sandbox", "previous")
@@ -250,6 +261,38 @@ def logs(id: Id) -> None:
         print(f"{stamp}.{int(at % 1 * 1000):03d}Z {what} {details}".rstrip())
     if report["chain"] and not report["chain"]["ok"]:
         raise RockError(f"the audit log has been tampered with: {report['chain']['problem']}")
+
+
+def _show_job(job: Job, follow: bool) -> None:
+    if follow:
+        raise typer.Exit(terminal.show(job))
+    seq, output = 0, job.read()
+    while output.next > seq:
+        for piece in output.pieces:
+            terminal.show_piece(piece)
+        seq = output.next
+        output = job.read(seq)
+
+
+@app.command()
+def jobs(id: Id) -> None:
+    """List the jobs of a sandbox: commands that `rock exec --detach`, `--stream` or `rock shell` started."""
+    table = Table("job", "state", "exit", "seconds", "output", "command", box=None)
+    for row in admin_client().sandbox(id).jobs():
+        code = "" if row.exit_code is None else str(row.exit_code)
+        table.add_row(row.id, row.state, code, f"{row.seconds:.0f}", str(row.output_bytes), row.command)
+    print_table(table)
+
+
+@app.command()
+def kill(
+    id: Id,
+    job: str,
+    number: Annotated[int, typer.Option("--signal", "-s", help="Its number.")] = signal.SIGTERM,
+) -> None:
+    """Send a signal to a job's process group; 9 goes to everything that it started."""
+    if not admin_client().sandbox(id).job(job).signal(number):
+        raise SpecError(f"job: {job} has ended already")
 
 
 @app.command()

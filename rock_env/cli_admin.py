@@ -25,6 +25,9 @@ def start(
         str | None, typer.Option(envvar="ROCK_DATABASE", help="SQLAlchemy URL; default SQLite.")
     ] = None,
     image: Annotated[list[str], typer.Option(help="NAME=PATH that tenants may use; may be repeated.")] = [],  # noqa: B006
+    model: Annotated[
+        list[str], typer.Option(help="NAME=URL[=KEY_FILE] of a model server on loopback that tenants may use.")
+    ] = [],  # noqa: B006
     backend: Annotated[list[str], typer.Option(help="Backends that tenants may use.")] = ["bubblewrap"],  # noqa: B006
     certificate: Annotated[Path | None, typer.Option(help="TLS: PEM file.")] = None,
     private_key: Annotated[Path | None, typer.Option(help="TLS: PEM file.")] = None,
@@ -47,6 +50,13 @@ def start(
         if not separator:
             raise SpecError(f"--image: expected NAME=PATH, got {text!r}")
         images[name] = path
+    models = {}
+    for text in model:
+        name, separator, rest = text.partition("=")
+        url, _, key_file = rest.partition("=")
+        if not separator:
+            raise SpecError(f"--model: expected NAME=URL or NAME=URL=KEY_FILE, got {text!r}")
+        models[name] = (url, _read_key(key_file) if key_file else "")
     config = AdminConfig(
         directory or default_directory(),
         host=host,
@@ -57,10 +67,18 @@ def start(
         database=database,
         images=images,
         backends=tuple(backend),
+        models=models,
         certificate=certificate,
         private_key=private_key,
     )
     serve(config)
+
+
+def _read_key(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise SpecError(f"--model: the key file {path} cannot be read: {error}") from error
 
 
 def _client():

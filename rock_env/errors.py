@@ -39,6 +39,18 @@ class SandboxNotFound(RockError):
     code = "not_found"
 
 
+class JobNotFound(RockError):
+    """The sandbox has no job with this id, or not any more."""
+
+    code = "job_not_found"
+
+
+class LeaseLost(RockError):
+    """A model request is not this caller's to answer: it was answered, has gone, or is in other hands."""
+
+    code = "lease_lost"
+
+
 class SandboxDead(RockError):
     """The sandbox, or the supervisor that held it, has ended; the message says why."""
 
@@ -142,6 +154,8 @@ ERRORS: dict[str, type[RockError]] = {
         LimitNotEnforceable,
         LimitExceeded,
         SandboxNotFound,
+        JobNotFound,
+        LeaseLost,
         SandboxDead,
         RequestTimeout,
         NotReady,

@@ -14,7 +14,9 @@ from urllib.parse import quote
 
 from rock_env.admin import archive
 from rock_env.errors import BackendUnavailable, Forbidden, RequestTimeout, RockError, SandboxDead, SpecError, from_wire
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy
+from rock_env.remote_calls import SLACK_SECONDS, RemoteCalls
 from rock_env.sandbox import Sandbox, Snapshot
 from rock_env.spec import CommandResult, FileEntry, FileInfo, Limits, SandboxSpec, SandboxStats
 
@@ -26,7 +28,6 @@ except ImportError as missing:
 _CONNECT_SECONDS = 10.0
 _REQUEST_SECONDS = 120.0
 _START_SECONDS = 180.0
-_SLACK_SECONDS = 45.0  # beyond a command's own deadline
 _READ_WAIT_SECONDS = 30.0
 
 
@@ -172,6 +173,7 @@ def spec_to_json(spec: SandboxSpec) -> dict:
         "limits": spec.limits.to_wire(),
         "network": _policy_to_json(spec.network),
         "backend": spec.backend,
+        "model_proxy": _model_to_json(spec.model_proxy) if spec.model_proxy is not None else None,
     }
 
 
@@ -180,7 +182,17 @@ def spec_from_json(body: dict) -> SandboxSpec:
     rules = [(rule["host"], rule["port"], rule["protocol"]) for rule in body["network"]["allow"]]
     limits, network = Limits(**body["limits"]), NetworkPolicy.from_wire(rules)
     given = {name: body[name] for name in ("image", "workdir", "backend")}
-    return SandboxSpec(**given, limits=limits, network=network)
+    model = ModelProxy.from_wire(body["model_proxy"]) if body.get("model_proxy") else None
+    return SandboxSpec(**given, limits=limits, network=network, model_proxy=model)
+
+
+def _model_to_json(model: ModelProxy) -> dict:
+    if model.mode == "replay" or model.record is not None or model.api_key or model.url.startswith("http"):
+        raise SpecError(
+            "model_proxy: over REST expected the mode pull, or push with the name of an admin's model as url"
+        )
+    body = {name: value for name, value in model.to_wire().items() if name not in ("record", "replay", "api_key")}
+    return {**body, "models": list(model.models)}
 
 
 def _file_to_json(entry: FileEntry) -> dict:
@@ -191,7 +203,7 @@ def _policy_to_json(policy: NetworkPolicy) -> dict:
     return {"allow": [{"host": r.host, "port": r.port, "protocol": r.protocol} for r in policy.allow]}
 
 
-class RemoteBackend:
+class RemoteBackend(RemoteCalls):
     """See rock_env.backend.Backend: each method is one request. What can be enforced is for the admin to say."""
 
     name = "remote"
@@ -203,10 +215,7 @@ class RemoteBackend:
     def capabilities(self) -> frozenset[str]:
         """What a remote sandbox may be asked for; what its worker cannot enforce, that refuses."""
         offered = {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
-        return frozenset(offered | {"session", "snapshot", "fork", "stats"})
-
-    def _at(self, sandbox: str, what: str = "") -> str:
-        return f"/v1/sandboxes/{quote(sandbox, safe='')}{what}"
+        return frozenset(offered | {"session", "snapshot", "fork", "stats", "jobs", "terminal", "model_proxy"})
 
     def create(self, spec: SandboxSpec, snapshot: str | None = None) -> str:
         body = {"spec": spec_to_json(spec), "snapshot": snapshot, "wait": True}
@@ -216,11 +225,11 @@ class RemoteBackend:
         self, sandbox: str, argv: list[str], seconds: float, cwd: str | None, env: Mapping[str, str], output_bytes: int
     ) -> CommandResult:
         body = {"command": argv, "timeout": seconds, "cwd": cwd, "env": dict(env)}
-        return CommandResult(**self._client.post(self._at(sandbox, "/execute"), body, seconds + _SLACK_SECONDS))
+        return CommandResult(**self._client.post(self._at(sandbox, "/execute"), body, seconds + SLACK_SECONDS))
 
     def run(self, sandbox: str, session: str, command: str, seconds: float, output_bytes: int) -> CommandResult:
         body = {"command": command, "session": session, "timeout": seconds}
-        return CommandResult(**self._client.post(self._at(sandbox, "/run"), body, seconds + _SLACK_SECONDS))
+        return CommandResult(**self._client.post(self._at(sandbox, "/run"), body, seconds + SLACK_SECONDS))
 
     def put(self, sandbox: str, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None:
         self._client.request("PUT", self._at(sandbox, "/archive"), content=archive.pack(files, links))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import stat
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +14,16 @@ from types import TracebackType
 
 from rock_env.backend import Backend, get_backend
 from rock_env.errors import FileError, LimitNotEnforceable, SpecError
+from rock_env.jobs import (
+    DEFAULT_BUFFER_BYTES,
+    JOB_PATTERN,
+    MAX_BUFFER_BYTES,
+    MIN_BUFFER_BYTES,
+    Job,
+    JobStatus,
+    check_size,
+)
+from rock_env.model_proxy.client import ModelServer
 from rock_env.network import NetworkPolicy
 from rock_env.spec import (
     MIB,
@@ -25,12 +37,28 @@ from rock_env.spec import (
 )
 
 _UPLOAD_BATCH_BYTES = 8 * MIB
+_JOB_ID = re.compile(JOB_PATTERN)
 
 
 def _check_command(name: str, command: object) -> str:
     if not isinstance(command, str) or "\0" in command:
         raise SpecError(f"{name}: expected a str without NUL, got {command!r}")
     return command
+
+
+def argv_of(command: str | list[str]) -> list[str]:
+    """The arguments of a command: shell text is for a fresh bash."""
+    if isinstance(command, str):
+        return ["bash", "--norc", "--noprofile", "-c", _check_command("command", command)]
+    if not command:
+        raise SpecError("command: expected at least one argument")
+    return [_check_command("command", part) for part in command]
+
+
+def _check_job(id: object) -> str:
+    if not isinstance(id, str) or not _JOB_ID.fullmatch(id):
+        raise SpecError(f"job: expected 1 to 64 letters, digits, dots, dashes or underscores, got {id!r}")
+    return id
 
 
 def _seconds(timeout: float | None, default: float) -> float:
@@ -144,22 +172,72 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
     ) -> CommandResult:
         """Run one process: shell text by a fresh bash, or an argument list directly."""
-        limits = self.spec.limits
-        if isinstance(command, str):
-            argv = ["bash", "--norc", "--noprofile", "-c", _check_command("command", command)]
-        else:
-            argv = [_check_command("command", part) for part in command]
-            if not argv:
-                raise SpecError("command: expected at least one argument")
+        limits, argv = self.spec.limits, argv_of(command)
         seconds = _seconds(timeout, limits.command_seconds)
         inside = check_path("cwd", cwd) if cwd is not None else None
         return self._backend.execute(self.id, argv, seconds, inside, check_env("env", env), limits.output_bytes)
+
+    def start_job(
+        self,
+        command: str | list[str],
+        timeout: float | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        *,
+        stdin: bool = False,
+        terminal: tuple[int, int] | None = None,
+        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
+        id: str | None = None,
+    ) -> Job:
+        """Start a command that runs by itself until it ends, its timeout, or the sandbox's end.
+
+        Args:
+          stdin: whether its standard input will be written; else it is /dev/null.
+          terminal: (rows, columns) of a pseudo-terminal to run it in, which is its input and output.
+          buffer_bytes: how much output is kept for whoever reads it.
+          id: its name; if there is a job of that name, that one is meant, and nothing is started.
+        """
+        if isinstance(buffer_bytes, bool) or not isinstance(buffer_bytes, int):
+            raise SpecError(f"buffer_bytes: expected an integer, got {buffer_bytes!r}")
+        if not MIN_BUFFER_BYTES <= buffer_bytes <= MAX_BUFFER_BYTES:
+            raise SpecError(f"buffer_bytes: expected {MIN_BUFFER_BYTES}..{MAX_BUFFER_BYTES}, got {buffer_bytes!r}")
+        _require_capability(self._backend, "terminal" if terminal is not None else "jobs")
+        row, _ = self._backend.call(
+            self.id,
+            "job_start",
+            0.0,
+            job=_check_job(id if id is not None else secrets.token_hex(8)),
+            argv=argv_of(command),
+            env=check_env("env", env),
+            cwd=check_path("cwd", cwd) if cwd is not None else None,
+            seconds=None if timeout is None else _seconds(timeout, 0.0),
+            stdin=bool(stdin),
+            size=check_size(terminal) if terminal is not None else None,
+            buffer_bytes=buffer_bytes,
+        )
+        return Job(self._backend, self.id, JobStatus.from_wire(row))
+
+    def job(self, id: str) -> Job:
+        """A job by its id. Raises JobNotFound when there is none (any more)."""
+        row, _ = self._backend.call(self.id, "job_status", 0.0, job=_check_job(id), seconds=0.0)
+        return Job(self._backend, self.id, JobStatus.from_wire(row))
+
+    def jobs(self) -> list[JobStatus]:
+        """The jobs that run, and the latest that have ended (together at most 64), in the order of their start."""
+        rows = self._backend.call(self.id, "job_list", 0.0)[0]["jobs"]
+        return [JobStatus.from_wire(row) for row in rows]
 
     def session(self, name: str = "default") -> Session:
         """A persistent shell by name; the same name gives the same shell."""
         if not isinstance(name, str) or not name:
             raise SpecError(f"session: expected a non-empty name, got {name!r}")
         return Session(self, name)
+
+    # -- the agent's model
+    @property
+    def model(self) -> ModelServer:
+        """What programs inside ask of their model, to be answered: see ModelProxy, mode "pull"."""
+        return ModelServer(self._backend, self.id)
 
     # -- files
     def write_file(self, path: str, content: bytes | str, mode: int | None = None) -> None:
@@ -308,6 +386,11 @@ def _require_enforceable(backend: Backend, policy: NetworkPolicy) -> None:
         raise LimitNotEnforceable(
             f"network: backend {backend.name!r} cannot enforce an allowlist, only a closed network"
         )
+
+
+def _require_capability(backend: Backend, name: str) -> None:
+    if name not in backend.capabilities:
+        raise LimitNotEnforceable(f"{name}: backend {backend.name!r} does not offer it")
 
 
 def _without_files(spec: SandboxSpec) -> SandboxSpec:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from rock_env.errors import SpecError
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy
 
 MIB = 1 << 20
@@ -107,6 +108,7 @@ class SandboxSpec:
       network: what it may reach; by default nothing: a network namespace of its own with nothing but loopback.
       backend: "bubblewrap" or "docker" (see rock_env.backend.register_backend).
       readonly_binds: host path -> path inside, e.g. an interpreter outside /usr.
+      model_proxy: an endpoint inside for agents that speak to a model themselves; None: none.
     """
 
     image: str | None = None
@@ -117,6 +119,7 @@ class SandboxSpec:
     network: NetworkPolicy = field(default_factory=NetworkPolicy)
     backend: str = "bubblewrap"
     readonly_binds: Mapping[str, str] = field(default_factory=dict)
+    model_proxy: ModelProxy | None = None
 
     def __post_init__(self) -> None:
         if self.image is not None:
@@ -129,6 +132,8 @@ class SandboxSpec:
             raise SpecError(f"network: expected a NetworkPolicy, got {self.network!r}")
         if not isinstance(self.backend, str):
             raise SpecError(f"backend: expected a name, got {self.backend!r}")
+        if self.model_proxy is not None and not isinstance(self.model_proxy, ModelProxy):
+            raise SpecError(f"model_proxy: expected a ModelProxy or None, got {type(self.model_proxy).__name__}")
         check_env("env", self.env)
         for path, entry in self.files.items():
             check_path("files", path)

@@ -16,8 +16,10 @@ from rock_env.admin.gem_routes import gem_routes
 from rock_env.admin.http import Gate, Json, install_errors, principal
 from rock_env.admin.hub_routes import HubStore, hub_routes
 from rock_env.admin.models import State, Tenant
+from rock_env.admin.streams import job_routes, model_routes
 from rock_env.bubblewrap import entries_of
 from rock_env.errors import Forbidden, NotReady, SandboxNotFound, SpecError
+from rock_env.sandbox import argv_of
 from rock_env.spec import FileEntry, check_env, check_path
 
 _SLACK_SECONDS = 30.0  # beyond a command's own deadline
@@ -42,7 +44,17 @@ def create_app(control: ControlPlane, hub: HubStore, environments: Environments)
     async def openapi() -> Response:
         return Json(app.openapi())
 
-    for routes in (sandbox_routes, command_routes, file_routes, copy_routes, credential_routes, admin_routes):
+    groups = (
+        sandbox_routes,
+        command_routes,
+        job_routes,
+        model_routes,
+        file_routes,
+        copy_routes,
+        credential_routes,
+        admin_routes,
+    )
+    for routes in groups:
         router = APIRouter(prefix="/v1", responses=_ERRORS)
         routes(router, control)
         app.include_router(router)
@@ -129,13 +141,9 @@ def command_routes(router: APIRouter, control: ControlPlane) -> None:
     @router.post("/sandboxes/{id}/execute", response_model=schema.CommandOut)
     async def execute(id: SandboxId, body: schema.ExecuteBody, who: Who) -> Response:
         record = await control.find(who, id, "exec")
-        command = body.command
-        argv = ["bash", "--norc", "--noprofile", "-c", command] if isinstance(command, str) else command
-        if any("\0" in part for part in argv):
-            raise SpecError("command: expected text without NUL")
         limit = seconds(record, body.timeout)
         arguments = {
-            "argv": argv,
+            "argv": argv_of(body.command),
             "seconds": limit,
             "cwd": None if body.cwd is None else check_path("cwd", body.cwd),
             "env": check_env("env", body.env),

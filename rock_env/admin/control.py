@@ -17,7 +17,7 @@ from rock_env.admin.auth import Keyring, Principal
 from rock_env.admin.database import Database
 from rock_env.admin.hosts import Host, Scheduler
 from rock_env.admin.models import TRANSITIONS, SandboxRow, SnapshotRow, State, Tenant
-from rock_env.admin.worker import audit_report, spec_to_wire
+from rock_env.admin.worker import audit_report, spec_to_wire, without_key
 from rock_env.bubblewrap import entries_of
 from rock_env.errors import (
     BackendUnavailable,
@@ -80,13 +80,22 @@ class StartRequest:
 
 def public_spec(spec: SandboxSpec) -> dict:
     """What is kept and shown of a spec: neither files nor the environment."""
-    return {**spec_to_wire(spec), "env": {}, "readonly_binds": {}}
+    return {**spec_to_wire(without_key(spec)), "env": {}, "readonly_binds": {}}
 
 
 class ControlPlane:
-    def __init__(self, database: Database, images: dict[str, str], backends: tuple[str, ...]) -> None:
+    """`images` and `models`: what the names that tenants use stand for; a model's server is its (URL, API key)."""
+
+    def __init__(
+        self,
+        database: Database,
+        images: dict[str, str],
+        backends: tuple[str, ...],
+        models: dict[str, tuple[str, str]] | None = None,
+    ) -> None:
         self.database = database
         self.images = images
+        self.models = models or {}
         self.backends = backends
         self.keyring = Keyring()
         self.tenants: dict[str, Tenant] = {}
@@ -171,6 +180,10 @@ class ControlPlane:
         if spec.image is not None and spec.image not in self.images:
             known = ", ".join(sorted(self.images)) or "none is configured"
             raise SpecError(f"image: expected the name of one of the admin's images ({known}), got {spec.image!r}")
+        model = spec.model_proxy
+        if model is not None and model.url and model.url not in self.models:
+            known = ", ".join(sorted(self.models)) or "none is configured"
+            raise SpecError(f"model_proxy.url: expected the name of one of the admin's models ({known})")
         if spec.readonly_binds:
             raise SpecError("readonly_binds: the host's files are not the tenants': expected none")
 
@@ -252,6 +265,8 @@ class ControlPlane:
             entries, blob = entries_of(files, {})
             wire = spec_to_wire(spec)
             wire["image"] = self.images[spec.image] if spec.image is not None else None
+            if spec.model_proxy is not None and spec.model_proxy.url:
+                wire["model_proxy"]["url"], wire["model_proxy"]["api_key"] = self.models[spec.model_proxy.url]
         arguments = {
             "id": record.id,
             "spec": wire,

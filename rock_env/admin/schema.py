@@ -12,6 +12,7 @@ from rock_env.admin.auth import SCOPES
 from rock_env.admin.control import QUEUE_SECONDS, StartRequest
 from rock_env.admin.models import SandboxRow, SnapshotRow, State, Transition
 from rock_env.errors import SpecError
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy, NetworkRule
 from rock_env.spec import FileEntry, Limits, SandboxSpec
 
@@ -72,6 +73,20 @@ class NetworkBody(Body):
         return NetworkPolicy(tuple(NetworkRule(r.host, r.port, r.protocol) for r in self.allow))
 
 
+class ModelBody(Body):
+    """See rock_env.ModelProxy. `url` is the name of one of the admin's models, for push."""
+
+    mode: Literal["pull", "push"] = "pull"
+    url: Annotated[str, Field(pattern="^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$")] = ""
+    models: Annotated[list[str], Field(min_length=1, max_length=64)] = ["model"]
+    request_seconds: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = 600.0
+    lease_seconds: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = 120.0
+    max_body_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 4 << 20
+
+    def proxy(self) -> ModelProxy:
+        return ModelProxy(**{**self.model_dump(), "models": tuple(self.models)})
+
+
 class SpecBody(Body):
     """See rock_env.SandboxSpec. `image` is the name of one of the admin's images."""
 
@@ -82,11 +97,19 @@ class SpecBody(Body):
     limits: LimitsBody = LimitsBody()
     network: NetworkBody = NetworkBody()
     backend: str = "bubblewrap"
+    model_proxy: ModelBody | None = None
 
     def spec(self) -> SandboxSpec:
         files = {p: FileEntry(b) if isinstance(b, str) else b.entry(p) for p, b in self.files.items()}
         limits = Limits(**self.limits.model_dump(exclude_unset=True))
-        given = {"image": self.image, "workdir": self.workdir, "env": self.env, "backend": self.backend}
+        model = self.model_proxy.proxy() if self.model_proxy is not None else None
+        given = {
+            "model_proxy": model,
+            "image": self.image,
+            "workdir": self.workdir,
+            "env": self.env,
+            "backend": self.backend,
+        }
         return SandboxSpec(**given, files=files, limits=limits, network=self.network.policy())
 
 

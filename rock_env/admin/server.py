@@ -31,6 +31,7 @@ from rock_env.admin.models import Tenant
 from rock_env.admin.reconcile import Reconciler, local_hosts
 from rock_env.admin.worker_main import ORPHAN_SECONDS
 from rock_env.errors import BackendUnavailable, RockError, SpecError
+from rock_env.model_proxy.settings import check_url
 
 log = logging.getLogger("rock.admin")
 _STOP_SECONDS = 60.0
@@ -47,6 +48,7 @@ class AdminConfig:
       joined: workers started elsewhere (`rock worker`): (name, address, secret file).
       database: a SQLAlchemy URL; None: SQLite in `directory`.
       images: name that tenants use -> what the backend takes.
+      models: name that tenants use -> (URL of an OpenAI-compatible server on this machine's loopback, its API key).
       certificate, private_key: PEM files, for TLS.
       reconcile_seconds, worker_seconds: see Reconciler. orphan_seconds: see Worker.
       hub_bytes: what each tenant may keep in the hub; None: no bound.
@@ -61,6 +63,7 @@ class AdminConfig:
     database: str | None = None
     images: dict[str, str] = field(default_factory=dict)
     backends: tuple[str, ...] = ("bubblewrap",)
+    models: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     certificate: Path | None = None
     private_key: Path | None = None
     reconcile_seconds: float = 2.0
@@ -77,6 +80,8 @@ class AdminConfig:
             raise SpecError("TLS: expected both a certificate and a private key, or neither")
         if not is_loopback and self.certificate is None:
             raise SpecError(f"host: {self.host} is not loopback: keys would travel in the clear; give a certificate")
+        for url, _ in self.models.values():
+            check_url(url)
         for name in ("workers", "capacity", "port"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
@@ -127,7 +132,7 @@ class Admin:
 
     def __init__(self, config: AdminConfig) -> None:
         self.config = config
-        self.control = ControlPlane(Database(config.database_url), config.images, config.backends)
+        self.control = ControlPlane(Database(config.database_url), config.images, config.backends, config.models)
         self.reconciler = Reconciler(self.control, config.reconcile_seconds, config.worker_seconds)
         self.hub = HubStore(config.directory / "hub", config.hub_bytes)
         self.environments = Environments(self.control, self.hub)

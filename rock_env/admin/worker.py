@@ -23,6 +23,7 @@ from rock_env.admin import archive
 from rock_env.audit import read_audit_log, verify_audit_log
 from rock_env.backend import Backend, get_backend
 from rock_env.errors import RockError, SandboxDead, SandboxNotFound, SpecError
+from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy
 from rock_env.spec import FileEntry, Limits, SandboxSpec
 
@@ -71,13 +72,22 @@ def spec_to_wire(spec: SandboxSpec) -> dict:
     wire = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "files"}
     binds, env = dict(spec.readonly_binds), dict(spec.env)
     network, limits = spec.network.to_wire(), spec.limits.to_wire()
-    return {**wire, "limits": limits, "network": network, "env": env, "readonly_binds": binds}
+    model = spec.model_proxy.to_wire() if spec.model_proxy is not None else None
+    wire |= {"limits": limits, "network": network, "env": env, "readonly_binds": binds, "model_proxy": model}
+    return wire
 
 
 def spec_from_wire(wire: dict, files: dict[str, FileEntry]) -> SandboxSpec:
     """The inverse of spec_to_wire."""
     limits, network = Limits(**wire["limits"]), NetworkPolicy.from_wire(wire["network"])
-    return SandboxSpec(**{**wire, "limits": limits, "network": network, "files": files})
+    model = ModelProxy.from_wire(wire["model_proxy"]) if wire["model_proxy"] is not None else None
+    return SandboxSpec(**{**wire, "limits": limits, "network": network, "files": files, "model_proxy": model})
+
+
+def without_key(spec: SandboxSpec) -> SandboxSpec:
+    """A spec that may be kept and shown."""
+    model = spec.model_proxy
+    return spec if model is None else replace(spec, model_proxy=replace(model, api_key=""))
 
 
 class Worker:
@@ -236,6 +246,11 @@ class Worker:
             result = entry.backend.run(_handle(entry), session, command, seconds, output_bytes)
             return dataclasses.asdict(result), b""
 
+    def do_call(self, blob: bytes, *, id: str, what: str, seconds: float, arguments: dict) -> Reply:
+        """See Backend.call."""
+        with self._using(id) as entry:
+            return entry.backend.call(_handle(entry), what, seconds, blob, **arguments)
+
     def do_put(self, blob: bytes, *, id: str, entries: list[dict]) -> Reply:
         links = {e["path"]: e["target"] for e in entries if e["kind"] == "symlink"}
         with self._using(id) as entry:
@@ -273,7 +288,8 @@ class Worker:
         return dataclasses.asdict(entry.backend.stats(_handle(entry))), b""
 
     def do_spec(self, blob: bytes, *, id: str) -> Reply:
-        return {"spec": spec_to_wire(self._entry(id).spec)}, b""
+        """A spec, without the key of its model's server."""
+        return {"spec": spec_to_wire(without_key(self._entry(id).spec))}, b""
 
     # -- snapshots
     def _kept(self, id: str) -> Kept:
@@ -352,6 +368,10 @@ class Worker:
     def _is_busy(entry: Entry) -> bool:
         argv = ["bash", "--norc", "--noprofile", "-c", _COUNT_PROCESSES]
         try:
+            if "jobs" in entry.backend.capabilities:
+                jobs = entry.backend.call(entry.handle, "job_list", 0.0)[0]["jobs"]
+                if any(job["keeps_busy"] for job in jobs):
+                    return True
             result = entry.backend.execute(entry.handle, argv, _PROBE_SECONDS, None, {}, 64)
         except SandboxDead:
             return False

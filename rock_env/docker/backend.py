@@ -138,6 +138,7 @@ class DockerBackend(WireCalls):
         enforced = {capability for limit, capability in limits.items() if engine.enforces(limit)}
         enforced |= {"readonly_binds"} if engine.is_local else set()
         always = {"disk", "network_closed", "audit", "seccomp", "session", "snapshot", "fork", "stats"}
+        always |= {"jobs", "terminal"}
         return frozenset(enforced | always)
 
     @property
@@ -196,6 +197,8 @@ class DockerBackend(WireCalls):
     def _check(engine: Engine, spec: SandboxSpec) -> None:
         if not spec.network.is_closed:
             raise LimitNotEnforceable("network: the docker backend cannot enforce an allowlist, only a closed network")
+        if spec.model_proxy is not None:
+            raise LimitNotEnforceable("model_proxy: the docker backend has no way to reach into a container's network")
         engine.check(spec.limits)
         memory = spec.limits.memory_bytes
         if memory is not None and memory < _LEAST_MEMORY:

@@ -50,8 +50,8 @@ class Request:
     body_bytes: int | None
 
 
-def parse_request(head: bytes) -> Request:
-    """A head without its final empty line. Raises BadRequest."""
+def parse_head(head: bytes) -> tuple[str, str, str, list[tuple[str, str]]]:
+    """(method, target, the x of HTTP/1.x, headers) of a head without its final empty line. Raises BadRequest."""
     try:
         lines = head.decode("ascii").split("\r\n")
     except UnicodeDecodeError as error:
@@ -59,8 +59,12 @@ def parse_request(head: bytes) -> Request:
     match = _REQUEST.fullmatch(lines[0])
     if not match:
         raise BadRequest("expected METHOD TARGET HTTP/1.x")
-    method, target, minor = match.groups()
-    headers = [_header(line) for line in lines[1:]]
+    return *match.groups(), [_header(line) for line in lines[1:]]
+
+
+def parse_request(head: bytes) -> Request:
+    """A proxy's request, of a head without its final empty line. Raises BadRequest."""
+    method, target, minor, headers = parse_head(head)
     if method == "CONNECT":
         host, port = _authority(target)
         if port is None:
@@ -73,7 +77,7 @@ def parse_request(head: bytes) -> Request:
     path = path.partition("#")[0]
     path = path if path.startswith("/") else f"/{path}"
     forward = _forwarded(f"{method} {path} HTTP/1.{minor}", authority, headers)
-    return Request(method, host, 80 if port is None else port, forward, _body(headers))
+    return Request(method, host, 80 if port is None else port, forward, body_bytes(headers))
 
 
 def _header(line: str) -> tuple[str, str]:
@@ -93,7 +97,7 @@ def _authority(text: str) -> tuple[str, int | None]:
     return six or name, None if port is None else int(port)
 
 
-def _body(headers: list[tuple[str, str]]) -> int | None:
+def body_bytes(headers: list[tuple[str, str]]) -> int | None:
     """The one length of the body that the headers agree on; None for chunked."""
     lengths = [value for name, value in headers if name.lower() == "content-length"]
     codings = [value.lower() for name, value in headers if name.lower() == "transfer-encoding"]

@@ -243,7 +243,7 @@ class Box(Runner):
         """Tell programs that start from now on, and shells at their next command, of the proxy's port."""
         names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
         self.proxy_env = dict.fromkeys(names, f"http://127.0.0.1:{port}") if port else {}
-        self.proxy_env |= {"no_proxy": "localhost", "NO_PROXY": "localhost"} if port else {}
+        self.proxy_env |= dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1") if port else {}
 
     def guardians(self) -> set[int]:
         return {self._init, self._monitor}
@@ -260,12 +260,13 @@ class Box(Runner):
         spared, deadline = {self._init, self._monitor}, time.monotonic() + _KILL_SECONDS
         leaders = [self._init, *(s.pid for s in self.sessions.values() if s.is_running)]
         while self.alive:
+            jobs = {job.pid for job in self.jobs if job.is_running}  # one just born is not in the group yet
             frozen = self._group is not None and self._group.freeze(True)
             try:
                 if self._group:
-                    left = process.kill_each(set(self.pids()) - spared)
+                    left = process.kill_each((set(self.pids()) | jobs) - spared)
                 else:
-                    left = sum(process.kill_command(leader, 0, spared, self.pids) for leader in leaders)
+                    left = sum(process.kill_command(leader, 0, spared, self.pids) for leader in (*leaders, *jobs))
             finally:
                 if frozen and self._group is not None:
                     self._group.freeze(False)
@@ -335,6 +336,7 @@ class Box(Runner):
             await self._gone.wait(time.monotonic() + 5)
         for session in self.sessions.values():
             session.close()
+        self.jobs.abandon()
         self.watcher.close()
         self.notes.flush()
         self._log.record("sandbox_ended", sandbox=self.name, reason=self.death, **usage)

@@ -11,9 +11,10 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from rock_env.supervisor import process
+from rock_env.supervisor import linux, process
 from rock_env.supervisor.cgroups import Group
 from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.jobs import Jobs
 from rock_env.supervisor.journal import Notes, Recorder
 from rock_env.supervisor.loop import Event, Loop
 from rock_env.supervisor.session import Session
@@ -53,6 +54,7 @@ class Runner:
         self.loop = loop
         self.uid = uid
         self.sessions: dict[str, Session] = {}
+        self.jobs = Jobs(self)
         self.death = ""
         self.died = Event(loop)
         self.notes = Notes(log, loop, name)
@@ -95,6 +97,10 @@ class Runner:
         """The sandbox's root directory."""
         self.require_alive()
         return self._fds["root"]
+
+    def open_inside(self, path: str, flags: int) -> int:
+        """Open an absolute path as a program of the sandbox would. Raises OSError."""
+        return linux.open_in_root(self.root_fd, path, flags)
 
     def keep(self) -> set[int]:
         """Processes that a command's timeout must spare."""
@@ -144,7 +150,7 @@ class Runner:
         """What the client is told of a command that has ended; limits that it met are recorded."""
         self.require_alive()
         truncated = output.dropped > 0
-        self._note_limits(timed_out, truncated)
+        self.note_limits(timed_out, truncated)
         return {
             "exit_code": 124 if timed_out else code,
             "signal": number,
@@ -177,7 +183,7 @@ class Runner:
         return states
 
     # -- accounting
-    def _note_limits(self, timed_out: bool, truncated: bool) -> None:
+    def note_limits(self, timed_out: bool, truncated: bool) -> None:
         """Record the limits met since the last call. A disk counts when it is full now."""
         hits = {name for name, met in (("command_seconds", timed_out), ("output_bytes", truncated)) if met}
         if self._group:

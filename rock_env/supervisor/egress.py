@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
 import socket
-import sys
 import time
 from typing import TYPE_CHECKING
 
-from rock_env.supervisor import linux, process
+from rock_env.supervisor import helpers
 from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Event, Lock, Loop
@@ -22,47 +20,11 @@ if TYPE_CHECKING:
 
 PROXY_UID = 1_499_999_999  # just below those of the sandboxes
 _PORT = 3128  # by custom a proxy's; another one if a program of the sandbox has it
-_LISTEN_SECONDS = 5.0
 _APPLY_SECONDS = 10.0  # of which the proxy's start takes a tenth of a second
 _RESTART_SECONDS = 1.0
 _MESSAGE_BYTES = 1 << 20
 _AT_ONCE = 64
 _REPEATABLE = ("denied", "failed")
-_BOOT = (
-    "import sys, types\n"
-    "package = types.ModuleType('rock_env'); package.__path__ = [sys.argv[1]]; sys.modules['rock_env'] = package\n"
-    "from rock_env.egress.proxy import main\n"
-    "main(int(sys.argv[2]), int(sys.argv[3]))\n"
-)
-
-
-def listen_inside(pidfd: int) -> tuple[int, socket.socket]:
-    """Fork a child that enters the namespaces of process `pidfd` and listens on their 127.0.0.1.
-
-    Returns (its pid, a socket on which the listener arrives). The child exits at once; its code is 0 if all went well.
-    """
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            linux.setns(pidfd, linux.CLONE_NEWUSER | linux.CLONE_NEWNET)
-            listener = socket.socket()
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", _PORT))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                listener.bind(("127.0.0.1", 0))
-            listener.listen(64)
-            port = listener.getsockname()[1]
-            socket.send_fds(theirs, [str(port).encode()], [listener.fileno()])
-            code = 0
-        finally:
-            os._exit(code)
-    theirs.close()
-    return pid, ours
 
 
 class Egress:
@@ -78,7 +40,6 @@ class Egress:
         self._turn = Lock(loop)  # of policies: one is in force before the next is looked at
         self._serial = 0
         self._waiting: dict[int, Event] = {}  # for a policy to be in force, by the serial number of its message
-        log.on_fault = self.stop  # what cannot be recorded may not happen
 
     async def set_policy(self, box: Box, policy: list[list]) -> None:
         """Open, change or close a sandbox's way out. The change is in force when this returns."""
@@ -99,9 +60,10 @@ class Egress:
         if box.name in self._open and self._control is not None:
             await self._tell(box, policy, [])
             return
-        listener = await self._listen(box)
+        port, listener = await helpers.listen(self._loop, box, _PORT)
         try:
             box.require_alive()
+            box.set_proxy(port)
             self._ensure_started()
             self._open[box.name] = box
             await self._tell(box, policy, [listener.fileno()])
@@ -128,24 +90,6 @@ class Egress:
             self.stop()
             raise Fault("unavailable", "network: the egress proxy has failed; the sandbox has no way out")
 
-    async def _listen(self, box: Box) -> socket.socket:
-        pid, arriving = listen_inside(box.init_fd)
-        exited = Event(self._loop)
-        self._loop.on_exit(pid, lambda status: exited.set())
-        try:
-            await exited.wait(time.monotonic() + _LISTEN_SECONDS)
-            arriving.setblocking(False)
-            try:
-                port, fds, _, _ = socket.recv_fds(arriving, 16, 1, socket.MSG_CMSG_CLOEXEC)
-            except BlockingIOError:
-                fds = []
-            if not fds:
-                raise Fault("unavailable", "network: cannot listen inside the sandbox")
-        finally:
-            arriving.close()
-        box.set_proxy(int(port))
-        return socket.socket(fileno=fds[0])
-
     def _send(self, message: dict, fds: list[int]) -> None:
         try:
             socket.send_fds(self._control, [json.dumps(message).encode()], fds)
@@ -159,18 +103,7 @@ class Egress:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MESSAGE_BYTES)
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        arguments = [sys.executable, "-I", "-S", "-c", _BOOT, package, "3", str(self._uid)]
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.setsid()
-                os.chdir("/")
-                process.place_descriptors({3: theirs.fileno()})
-                process.reset_signals()
-                os.execve(arguments[0], arguments, dict(os.environ))
-            finally:
-                os._exit(125)
+        pid = helpers.start("rock_env.egress.proxy", {3: theirs.fileno()}, self._uid)
         theirs.close()
         ours.setblocking(False)
         self._pid, self._control = pid, ours

@@ -39,6 +39,48 @@ class Operations:
         command = blob.decode("utf-8", "surrogateescape")
         return await self.box(id).session(session).run(command, seconds, output_bytes), b""
 
+    # -- jobs
+    async def do_job_start(
+        self,
+        blob: bytes,
+        *,
+        id: str,
+        job: str,
+        argv: list[str],
+        env: dict,
+        cwd: str | None,
+        seconds: float | None,
+        stdin: bool,
+        size: list[int] | None,
+        buffer_bytes: int,
+    ) -> Reply:
+        box = self.box(id)
+        place = self._inside(box, cwd or "")
+        window = (size[0], size[1]) if size else None
+        started = await box.jobs.start(job, argv, env, place, seconds, stdin, window, buffer_bytes)
+        return started.status(), b""
+
+    async def do_job_list(self, blob: bytes, *, id: str) -> Reply:
+        return {"jobs": [job.status() for job in self.box(id).jobs]}, b""
+
+    async def do_job_status(self, blob: bytes, *, id: str, job: str, seconds: float) -> Reply:
+        return await self.box(id).jobs.get(job).wait(seconds), b""
+
+    async def do_job_read(self, blob: bytes, *, id: str, job: str, seq: int, seconds: float, max_bytes: int) -> Reply:
+        return await self.box(id).jobs.get(job).read(seq, seconds, max_bytes)
+
+    async def do_job_write(
+        self, blob: bytes, *, id: str, job: str, at: int | None, close: bool, seconds: float
+    ) -> Reply:
+        return await self.box(id).jobs.get(job).write(blob, at, close, seconds), b""
+
+    async def do_job_signal(self, blob: bytes, *, id: str, job: str, number: int) -> Reply:
+        return {"delivered": self.box(id).jobs.get(job).signal(number)}, b""
+
+    async def do_job_resize(self, blob: bytes, *, id: str, job: str, size: list[int]) -> Reply:
+        self.box(id).jobs.get(job).resize((size[0], size[1]))
+        return {}, b""
+
     async def do_kill_all(self, blob: bytes, *, id: str) -> Reply:
         await self.box(id).kill_all()
         return {}, b""

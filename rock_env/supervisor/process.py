@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import termios
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -143,7 +144,8 @@ def enter_and_exec(
 ) -> None:
     """In a fresh child, already in the pid namespace: join everything else, drop all privileges, exec. No return.
 
-    `pidfd` is a process of the sandbox; None: the child is inside already, and has no capabilities (see Cell).
+    `pidfd` is a process of the sandbox; None: the child is inside already, and has no capabilities (see Cell). A
+    terminal at descriptor 0 becomes the controlling one.
     """
     try:
         os.setsid()
@@ -157,6 +159,8 @@ def enter_and_exec(
         if landlock_fd is not None:  # out of the way of what the next lines overwrite
             landlock_fd = fcntl.fcntl(landlock_fd, fcntl.F_DUPFD_CLOEXEC, max(hard + 1, _ABOVE_TARGETS))
         place_descriptors(descriptors)
+        if os.isatty(0):
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         if handover is not None:  # to the one number from which the filter lets it be sent
             handover = socket.socket(fileno=os.dup2(handover.fileno(), hard, inheritable=False))
         os.setresgid(agent, agent, agent)

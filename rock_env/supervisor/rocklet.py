@@ -14,16 +14,15 @@ import contextlib
 import errno
 import os
 import resource
-import select
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 
-from rock_env import wire
 from rock_env.supervisor import files, linux, process
 from rock_env.supervisor.cell import Cell, NoProcess
+from rock_env.supervisor.channel import Channel
 from rock_env.supervisor.faults import Fault, file_fault
 from rock_env.supervisor.loop import Event, Lock, Loop
 from rock_env.supervisor.operations import Operations, Reply
@@ -34,66 +33,6 @@ _LAST_WORDS_SECONDS = 2.0
 _STALLED_SECONDS = 30.0
 _FULL = 3  # exit code of a child
 _UNBOUNDED_BYTES = 2 << 30  # of a snapshot without a limit on the disk
-
-
-class Channel:
-    """Frames over two descriptors, as a loop sees them."""
-
-    def __init__(self, loop: Loop, incoming: int, outgoing: int) -> None:
-        self._loop = loop
-        self._in, self._out = incoming, outgoing
-        self._reader = wire.FrameReader()
-        self._pending = bytearray()
-        self.on_frame: Callable[[dict, bytes], None] = lambda header, blob: None
-        self.on_end: Callable[[], None] = lambda: None
-        for fd in (incoming, outgoing):
-            os.set_blocking(fd, False)
-        loop.add_reader(incoming, self._on_readable)
-
-    def _on_readable(self) -> None:
-        try:
-            data = os.read(self._in, 1 << 20)
-        except BlockingIOError:
-            return
-        if not data:
-            self.on_end()
-            return
-        self._reader.feed(data)
-        while (frame := self._reader.next()) is not None:
-            self.on_frame(*frame)
-
-    def send(self, header: dict, blob: bytes = b"") -> None:
-        """Send a frame as soon as the other side takes it."""
-        was_idle = not self._pending
-        self._pending += wire.encode(header, blob)
-        if was_idle:
-            self._write()
-            if self._pending:
-                self._loop.add_writer(self._out, self._write)
-
-    def _write(self) -> None:
-        try:
-            while self._pending:
-                del self._pending[: os.write(self._out, self._pending[: 1 << 16])]
-        except BlockingIOError:
-            return
-        except OSError:
-            self.on_end()
-        self._loop.remove_writer(self._out)
-
-    def flush(self, seconds: float, most: int = 0) -> bool:
-        """Send until `most` bytes are left, at most for so long; the loop stands still. False if more are left."""
-        deadline = time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(self._out, select.POLLOUT)
-        while len(self._pending) > most and time.monotonic() < deadline:
-            poll.poll(100)
-            self._write()
-        return len(self._pending) <= most
-
-    def record(self, event: str, **fields: object) -> None:
-        """A record for the audit log (rock_env.supervisor.journal.Recorder), which the other side writes."""
-        self.send({"audit": event, "fields": fields})
 
 
 class Rocklet(Operations):
@@ -193,6 +132,10 @@ class Rocklet(Operations):
             return await super().do_run(blob, **arguments)
         except NoProcess:
             return self._without_process(arguments["id"]), b""
+
+    async def do_job_start(self, blob: bytes, **arguments) -> Reply:
+        await self._undisturbed()
+        return await super().do_job_start(blob, **arguments)
 
     def _without_process(self, id: str) -> dict:
         """The result of a command when programs of the sandbox have taken the last process: as a shell would say it."""

@@ -12,6 +12,7 @@ from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.journal import AuditLog
 from rock_env.supervisor.loop import Event, Loop
 from rock_env.supervisor.machine import Machine
+from rock_env.supervisor.models import Models
 from rock_env.supervisor.operations import Operations, Reply
 
 _FIRST_UID = 1_500_000_000  # far from the ids of people, services and sub-uid ranges
@@ -38,12 +39,19 @@ class Server(Operations):
         self._uids = 0
         self._names = 0
         self.egress = Egress(loop, log, machine.privileged)
+        self.models = Models(loop, log, machine.privileged)
+        log.on_fault = self._on_log_fault
         self._control = control
         self._finishing = False
         control.setblocking(False)
         loop.add_reader(control.fileno(), self._on_control)
         if machine.listeners is not None:
             loop.add_reader(machine.listeners.fileno(), self._on_listener)
+
+    def _on_log_fault(self) -> None:
+        """What cannot be recorded may not happen."""
+        self.egress.stop()
+        self.models.stop()
 
     # -- connections
     def _on_control(self) -> None:
@@ -144,8 +152,10 @@ class Server(Operations):
                 raise Fault("unavailable", self.log.fault)
             if spec["network"]:
                 await self._set_policy(box, spec["network"])
-        except Fault as fault:
-            await box.stop(f"start failed: {fault}")
+            if spec["model_proxy"]:
+                await self.models.open(box)
+        except (Fault, OSError) as error:
+            await box.stop(f"start failed: {error}")
             raise
         return {"id": box.name}, b""
 
@@ -161,6 +171,7 @@ class Server(Operations):
             return
         self._use(box.lower, -1)
         self.egress.forget(box)
+        self.models.forget(box)
         self.deaths[box.name] = box.death
         if len(self.deaths) > _REMEMBERED_DEATHS:
             del self.deaths[next(iter(self.deaths))]
@@ -175,6 +186,15 @@ class Server(Operations):
     async def do_network(self, blob: bytes, *, id: str, policy: list[list]) -> Reply:
         await self._set_policy(self.box(id), policy)
         return {}, b""
+
+    async def do_model_next(self, blob: bytes, *, id: str, seconds: float) -> Reply:
+        return await self.models.call(self.box(id), "next", seconds, blob, seconds=seconds)
+
+    async def do_model_status(self, blob: bytes, *, id: str) -> Reply:
+        return await self.models.call(self.box(id), "status", 0.0, blob)
+
+    async def do_model_answer(self, blob: bytes, *, id: str, **arguments: object) -> Reply:
+        return await self.models.call(self.box(id), "answer", 0.0, blob, **arguments)
 
     async def do_stop(self, blob: bytes, *, id: str) -> Reply:
         box = self.boxes.get(id)

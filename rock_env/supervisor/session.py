@@ -54,7 +54,9 @@ _OWN = (
     r"PIPESTATUS|PPID|PWD|RANDOM|SECONDS|SHELLOPTS|SHLVL|SRANDOM|UID|_|__rock_\w+"
 )
 # The proxy's variables come with each new shell, as the network policy is then.
-_PROXY = r"(?:https?|HTTPS?)_(?:proxy|PROXY)=\"http://127\.0\.0\.1:\d+\"|(?:no_proxy|NO_PROXY)=\"localhost\""
+_PROXY = (
+    r"(?:https?|HTTPS?)_(?:proxy|PROXY)=\"http://127\.0\.0\.1:\d+\"|(?:no_proxy|NO_PROXY)=\"localhost,127\.0\.0\.1\""
+)
 _PROXY_LINE = re.compile(rf"^declare -x (?:{_PROXY})\n", re.MULTILINE)
 _OWN_LINE = re.compile(rf"^declare -\S+ (?:{_OWN})(?:=.*)?\n", re.MULTILINE)
 

@@ -20,7 +20,7 @@ _ENV = {k: v for k, v in os.environ.items() if not k.startswith("ROCK_")}
 _ENV["PYTHONPATH"] = str(Path(rock_env.__file__).parents[1])
 
 
-_COMMANDS = "run exec shell ps logs cp snapshot fork restore stop token audit admin hub worker doctor"
+_COMMANDS = "run exec shell ps logs jobs kill cp snapshot fork restore stop token audit admin hub worker doctor"
 
 
 class Rock:
@@ -29,12 +29,11 @@ class Rock:
     def __init__(self, **env):
         self.env = {**_ENV, **env}
 
-    def __call__(self, *arguments, code=0, stdin=""):
+    def __call__(self, *arguments, code=0):
         out, err, status = io.StringIO(), io.StringIO(), 0
         with (
             mock.patch.dict(os.environ, self.env, clear=True),
             mock.patch.object(sys, "argv", ["rock", *arguments]),
-            mock.patch.object(sys, "stdin", io.StringIO(stdin)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -64,7 +63,6 @@ def test_run_alone_exits_as_the_command(alone):
     assert "--limit: expected one of" in alone("run", "-l", "mem=1", "--", "true", code=125)
     assert "pids: expected an integer >= 4" in alone("run", "-l", "pids=1", "true", code=125)
     assert "no admin" in alone("ps", code=125)
-    assert alone("shell", stdin="cd /tmp\npwd\nfalse\n", code=1) == "/tmp\n"
 
 
 def test_doctor_and_audit(alone, tmp_path):
@@ -93,7 +91,6 @@ def test_a_sandboxs_life(rock, tmp_path):
     rock("exec", id, "ln", "-s", "/etc/passwd", "/tmp/d/link")
     rock("cp", f"{id}:/tmp/d", str(tmp_path / "back"))
     assert [p.name for p in (tmp_path / "back").iterdir()] == ["f"]
-    assert rock("shell", id, stdin="echo $GREETING\nexit\n") == "hi\n"
     kept = rock("snapshot", id).strip()
     copies = [*rock("fork", "-n", "2", id).split(), rock("restore", kept).strip()]
     assert {rock("exec", copy, "cat", "/tmp/d/f") for copy in copies} == {"content"}
