@@ -64,11 +64,14 @@ class RomeChat:
     def prompt(self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec]) -> list[int]:
         if tools:
             _command_of(tools)
-        rendered = [
+        return self._renderer.prompt(self.messages(messages))
+
+    def messages(self, messages: Sequence[ChatMessage]) -> list[Message]:
+        """As the renderer takes them. Raises ServiceError, naming the message."""
+        return [
             Message(_ROLES.get(m.role, m.role), m.text, _called_command(m, f"messages.{i}"))
             for i, m in enumerate(messages)
         ]
-        return self._renderer.prompt(rendered)
 
     def answer(self, tokens: Sequence[int], text: str, tools: Sequence[ToolSpec]) -> Answer:
         parsed = self._renderer.parse(tokens)
