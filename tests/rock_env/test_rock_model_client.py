@@ -47,6 +47,7 @@ def endpoint():
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     with openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60) as client:
         yield client, answer, reports
+
     async def end():
         live = list(made._live)
         made.close()
