@@ -49,7 +49,8 @@ def _routes(admin):
         document = http.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         for method in methods:
-            yield method.upper(), path.replace("{id}", "0" * 16).replace("{name}", "nobody")
+            known = path.replace("{id}", "0" * 16).replace("{name}", "nobody")
+            yield method.upper(), known.replace("{job}", "j").replace("{request}", "00000000-1")
 
 
 def test_nothing_but_health_is_answered_without_a_credential(admin):
@@ -75,12 +76,19 @@ def test_nothing_but_health_is_answered_without_a_credential(admin):
         assert http.get("/v1/sandboxes").headers["www-authenticate"] == "Bearer"
 
 
+_COMMAND = {"command": "true"}
+_BODIES = {
+    "run": _COMMAND, "execute": _COMMAND, "/jobs": _COMMAND, "signal": {"signal": 15},
+    "terminal": {"rows": 1, "columns": 1}, "answer": {"lease": "0" * 16, "body": {}},
+}  # fmt: skip
+
+
 def test_what_is_another_tenants_does_not_exist(admin, alice, bob, box):
     paths = [(m, p.replace("0" * 16, box.id)) for m, p in _routes(admin) if "/sandboxes/0" in p]
     assert len(paths) > 12
     with admin.http(bob.token) as http:
         for method, path in paths:
-            body = {"command": "true"} if path.endswith(("run", "execute")) else {}
+            body = next((body for end, body in _BODIES.items() if path.endswith(end)), {})
             response = http.request(method, path, json=body, params={"path": "x"})
             assert response.status_code == 404, (method, path, response.text)
             assert response.json()["error"]["code"] == "not_found"
