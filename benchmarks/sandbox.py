@@ -1,8 +1,9 @@
 """Measure the sandboxes of this machine: latency of every operation (local, and over REST), CPU time per sandbox, 200
 live at once. Needs the extra `rock`.
 
-python benchmarks/sandbox.py [--repeats 50] [--live 200] [--docker-repeats 20] [--json FILE]
+python benchmarks/sandbox.py [--repeats 50] [--live 200] [--docker-repeats 20] [--swerex PYTHON] [--json FILE]
 
+`--swerex`: a Python that has `swe-rex`, whose local sessions are measured in the same run.
 Docker's rows need a daemon at $DOCKER_HOST; `python tests/docker_daemon.py python benchmarks/sandbox.py` starts one.
 """
 
@@ -47,6 +48,9 @@ class Results:
         start = time.perf_counter()
         yield
         self.samples.setdefault(self._prefix + name, []).append(1e3 * (time.perf_counter() - start))
+
+    def add(self, name: str, milliseconds: list[float]) -> None:
+        self.samples.setdefault(self._prefix + name, []).extend(milliseconds)
 
     def rows(self) -> dict[str, dict[str, float]]:
         return {
@@ -104,10 +108,12 @@ def measure_operations(results: Results, repeats: int, backend: str = "bubblewra
 def measure_concurrency(results: Results, repeats: int) -> None:
     with ThreadPoolExecutor(16) as pool:
         for _ in range(repeats):
+            started = time.perf_counter()
             with results.time("16 concurrent starts (all)"):
                 boxes = list(pool.map(lambda _: Sandbox.start(SandboxSpec(files=TEN_FILES)), range(16)))
             with results.time("16 concurrent first commands (all)"):
                 list(pool.map(lambda box: box.session().run("true"), boxes))
+            results.add("16 concurrent sessions: start and first command", [1e3 * (time.perf_counter() - started)])
             with results.time("16 concurrent stops (all)"):
                 list(pool.map(lambda box: box.stop(), boxes))
 
@@ -131,23 +137,42 @@ def measure_docker(results: Results, repeats: int) -> None:
             list(pool.map(lambda box: box.stop(), boxes))
 
 
-def measure_live(results: Results, count: int) -> None:
+def used_mb() -> float:
+    """Memory of the whole machine that is neither free nor the page cache's, kernel's own included."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    value = lambda name: int(fields[name].split()[0]) / 1024  # noqa: E731
+    return value("MemTotal") - value("MemAvailable")
+
+
+def measure_live(results: Results, count: int) -> float:
+    """Also returns the MB that a live sandbox with a session takes."""
     boxes: list[Sandbox] = []
+    before = used_mb()
     try:
         with results.time(f"{count} live: start all"):
             boxes.extend(Sandbox.start(SandboxSpec(files=TEN_FILES, limits=LIVE_LIMITS)) for _ in range(count))
         with results.time(f"{count} live: a command in each"):
             for box in boxes:
                 box.session().run("true", timeout=30)
+        each = (used_mb() - before) / count
         for _ in range(50):
             with results.time(f"{count} live: session: true"):
                 boxes[0].session().run("true")
         with results.time(f"{count} live: one more start"):
             boxes.append(Sandbox.start(SandboxSpec(files=TEN_FILES)))
+        return each
     finally:
         with results.time(f"{count} live: stop all"):
             for box in boxes:
                 box.stop()
+
+
+def measure_swerex(results: Results, python: str, repeats: int) -> None:
+    """SWE-ReX's local sessions, which are a bash without a sandbox."""
+    peer = Path(__file__).parent / "peers" / "swerex_peer.py"
+    answer = subprocess.run([python, str(peer), str(repeats)], capture_output=True, text=True, timeout=900, check=True)
+    for name, values in json.loads(answer.stdout.splitlines()[-1]).items():
+        results.add(name, values)
 
 
 @contextmanager
@@ -237,6 +262,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--live", type=int, default=200)
     parser.add_argument("--docker-repeats", type=int, default=20, help="0: leave Docker out")
+    parser.add_argument("--swerex", help="a Python interpreter that has swe-rex")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     results = Results()
@@ -246,7 +272,10 @@ def main() -> None:
     measure_operations(results, arguments.repeats)
     measure_concurrency(results, max(2, arguments.repeats // 10))
     measure_rest(results, arguments.repeats)
-    measure_live(results, arguments.live)
+    each = measure_live(results, arguments.live)
+    print(f"a live sandbox with a session takes {each:.2f} MB of memory")
+    if arguments.swerex:
+        measure_swerex(results.named("SWE-ReX: "), arguments.swerex, arguments.repeats)
     if arguments.docker_repeats:
         measure_docker(results, arguments.docker_repeats)
     cpu = {
@@ -255,7 +284,8 @@ def main() -> None:
     }
     show(results.rows(), cpu)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"operations": results.rows(), "cpu_ms": cpu}, indent=1) + "\n")
+        found = {"operations": results.rows(), "cpu_ms": cpu, "live_mb": each}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
