@@ -16,6 +16,9 @@ CAPABILITIES = frozenset(
 )
 
 
+DEFAULT_BACKEND = "bubblewrap"
+
+
 @runtime_checkable
 class Backend(Protocol):
     """Runs sandboxes. Every method may be called from any thread, has a deadline, and raises rock_env.errors only.

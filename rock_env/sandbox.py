@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from rock_env.backend import Backend, get_backend
+from rock_env.backend import DEFAULT_BACKEND, Backend, get_backend
 from rock_env.errors import FileError, LimitNotEnforceable, SpecError
 from rock_env.jobs import (
     DEFAULT_BUFFER_BYTES,
@@ -129,6 +129,8 @@ class Sandbox:
             files_spec = _without_files(spec) if snapshot is not None else spec
         else:
             files_spec = spec
+        if spec.backend is None:
+            spec = replace(spec, backend=DEFAULT_BACKEND if snapshot is None else snapshot.spec.backend)
         if snapshot is not None and snapshot.spec.backend != spec.backend:
             raise SpecError(f"backend: the snapshot is of {snapshot.spec.backend!r}, the spec has {spec.backend!r}")
         backend = get_backend(spec.backend) if snapshot is None else snapshot._backend

@@ -106,7 +106,7 @@ class SandboxSpec:
       workdir: absolute; created when missing; where commands start.
       env: added to the minimal environment. Nothing of the host's environment is passed on.
       network: what it may reach; by default nothing: a network namespace of its own with nothing but loopback.
-      backend: "bubblewrap" or "docker" (see rock_env.backend.register_backend).
+      backend: "bubblewrap" or "docker" (rock_env.backend.register_backend); None: bubblewrap, or what an admin has.
       readonly_binds: host path -> path inside, e.g. an interpreter outside /usr.
       model_proxy: an endpoint inside for agents that speak to a model themselves; None: none.
     """
@@ -117,7 +117,7 @@ class SandboxSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     network: NetworkPolicy = field(default_factory=NetworkPolicy)
-    backend: str = "bubblewrap"
+    backend: str | None = None
     readonly_binds: Mapping[str, str] = field(default_factory=dict)
     model_proxy: ModelProxy | None = None
 
@@ -130,8 +130,8 @@ class SandboxSpec:
             raise SpecError(f"limits: expected Limits, got {type(self.limits).__name__}")
         if not isinstance(self.network, NetworkPolicy):
             raise SpecError(f"network: expected a NetworkPolicy, got {self.network!r}")
-        if not isinstance(self.backend, str):
-            raise SpecError(f"backend: expected a name, got {self.backend!r}")
+        if self.backend is not None and not isinstance(self.backend, str):
+            raise SpecError(f"backend: expected a name or None, got {self.backend!r}")
         if self.model_proxy is not None and not isinstance(self.model_proxy, ModelProxy):
             raise SpecError(f"model_proxy: expected a ModelProxy or None, got {type(self.model_proxy).__name__}")
         check_env("env", self.env)

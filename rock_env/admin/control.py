@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -202,6 +202,9 @@ class ControlPlane:
             row = self.snapshot_of(who, request.snapshot)
             kept, pinned = row.spec, row.worker
         if spec is not None:
+            if spec.backend is None:
+                spec = replace(spec, backend=self.backends[0] if kept is None else kept["backend"])
+                request = replace(request, spec=spec)
             self._check_spec(spec)
             if kept is not None and spec.backend != kept["backend"]:
                 raise SpecError(f"backend: the snapshot is of {kept['backend']!r}, the spec has {spec.backend!r}")

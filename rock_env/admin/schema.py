@@ -88,7 +88,7 @@ class ModelBody(Body):
 
 
 class SpecBody(Body):
-    """See rock_env.SandboxSpec. `image` is the name of one of the admin's images."""
+    """See rock_env.SandboxSpec. `image` is the name of one of the admin's images; without `backend` it is its first."""
 
     image: str | None = None
     files: dict[str, str | FileBody] = {}
@@ -96,7 +96,7 @@ class SpecBody(Body):
     env: dict[str, str] = {}
     limits: LimitsBody = LimitsBody()
     network: NetworkBody = NetworkBody()
-    backend: str = "bubblewrap"
+    backend: str | None = None
     model_proxy: ModelBody | None = None
 
     def spec(self) -> SandboxSpec:

@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Mapping
 
+from rock_env.backend import DEFAULT_BACKEND
 from rock_env.errors import BackendUnavailable, SpecError
 from rock_env.harbor.format import Environment
 from rock_env.spec import FileEntry, Limits, SandboxSpec
 
-DEFAULT_BACKEND = "bubblewrap"
 _PROGRAM_FOLDERS = ("/usr/local/bin", "/usr/bin", "/bin")
 _PYTHON_HOME = "/opt/python"
 

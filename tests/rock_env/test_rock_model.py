@@ -568,7 +568,7 @@ def test_forks_have_endpoints_of_their_own(box):
         ({"mode": "both"}, "mode: expected one of pull, push, replay"),
         ({"mode": "push"}, "url: expected one"),
         ({"url": "http://127.0.0.1:8000/v1"}, "url: expected one for the mode push, and only"),
-        ({"mode": "push", "url": "http://192.0.2.1:80/v1"}, "url: expected http://LOOPBACK:PORT"),
+        ({"mode": "push", "url": "http://models.invalid:80/v1"}, "url: expected http://LOOPBACK:PORT"),
         ({"mode": "push", "url": "https://127.0.0.1:80/v1"}, "url: expected http://LOOPBACK:PORT"),
         ({"mode": "push", "url": "http://127.0.0.1:80/v1", "api_key": "a\nb"}, "api_key: expected visible ASCII"),
         ({"mode": "replay"}, "replay: expected a file"),

@@ -65,7 +65,7 @@ def test_run_alone_exits_as_the_command(alone):
     assert "no admin" in alone("ps", code=125)
     assert "--model: expected NAME=URL" in alone("admin", "start", "--model", "x", code=125)
     assert "key file /none cannot" in alone("admin", "start", "--model", "x=http://127.0.0.1:1/v1=/none", code=125)
-    assert "http://LOOPBACK:PORT" in alone("admin", "start", "--model", "x=http://192.0.2.1:1/v1", code=125)
+    assert "http://LOOPBACK:PORT" in alone("admin", "start", "--model", "x=http://models.invalid:1/v1", code=125)
 
 
 def test_doctor_and_audit(alone, tmp_path):
