@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Self
 
 from rome.rollout.buffer import SampleBuffer
 from rome.rollout.episode import GroupRequest
@@ -95,11 +97,10 @@ def free_run(runner: RolloutRunner) -> bool:
     return True
 
 
-class BackgroundRollouts:
-    """Feeds `buffer` with groups from `runner`, in a thread, until the requests run out or `stop`.
+class RolloutThread(ABC):
+    """A thread that feeds a sample buffer until the requests run out or `stop`; the same whatever rolls out.
 
     Args:
-      runner: nobody else uses it, nor its engine's slots, in the meantime. `engine.update_params` may be called.
       buffer: with an asynchronous ratio > 0; one with ratio 0 would discard what is produced while the trainer works.
       requests: where new groups come from, in order; drawn lazily.
       known: requests of groups that a restored buffer already holds, to be sampled again if those go stale.
@@ -108,23 +109,18 @@ class BackgroundRollouts:
     """
 
     def __init__(
-        self,
-        runner: RolloutRunner,
-        buffer: SampleBuffer,
-        requests: Iterable[GroupRequest],
-        known: Iterable[GroupRequest] = (),
+        self, buffer: SampleBuffer, requests: Iterable[GroupRequest], known: Iterable[GroupRequest] = ()
     ) -> None:
         if buffer.async_ratio <= 0:
             raise ValueError(f"async_ratio: free-running rollouts expect more than 0, found {buffer.async_ratio:g}")
-        self._runner, self._buffer = runner, buffer
+        self._buffer = buffer
         self._admission = Admission(buffer, requests, known)
-        self._stop, self._run, self._idle = threading.Event(), threading.Event(), threading.Event()
-        self._run.set()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="rollouts", daemon=True)
         self._failure: BaseException | None = None
         self._unfinished: list[GroupRequest] = []
 
-    def __enter__(self) -> BackgroundRollouts:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -135,6 +131,68 @@ class BackgroundRollouts:
         """Starts the thread. Once."""
         self._buffer.reopen()
         self._thread.start()
+
+    def stop(self, timeout: float = 90.0) -> list[GroupRequest]:
+        """Ends the thread, closing every environment. Idempotent.
+
+        Returns the requests that were not finished (to be requested again later). Raises what the thread failed with,
+        if it did; RolloutStopped if it did not end within `timeout` seconds.
+        """
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise RolloutStopped(f"the rollout thread did not end within {timeout:g} s")
+        self._raise_failure()
+        return list(self._unfinished)
+
+    @abstractmethod
+    def _tick(self) -> bool:
+        """One round; False when there is nothing left to do, ever."""
+
+    @abstractmethod
+    def _in_flight(self) -> list[GroupRequest]:
+        """What was started and is not finished."""
+
+    @abstractmethod
+    def _abandon(self) -> None:
+        """Gives up on all that is in flight."""
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _main(self) -> None:
+        failure: BaseException | None = None
+        try:
+            while not self._stop.is_set() and self._tick():
+                pass
+        except BaseException as caught:  # delivered to the trainer, whatever it is
+            self._failure = failure = caught
+        finally:
+            self._unfinished = [*self._in_flight(), *self._admission.waiting]
+            try:
+                self._abandon()
+            finally:
+                self._buffer.close(failure)
+
+
+class BackgroundRollouts(RolloutThread):
+    """Feeds a buffer with groups from `runner`. Nobody else uses the runner, nor its engine's slots, in the meantime;
+    `engine.update_params` may be called. The other arguments are `RolloutThread`'s."""
+
+    def __init__(
+        self,
+        runner: RolloutRunner,
+        buffer: SampleBuffer,
+        requests: Iterable[GroupRequest],
+        known: Iterable[GroupRequest] = (),
+    ) -> None:
+        super().__init__(buffer, requests, known)
+        self._runner = runner
+        self._run, self._idle = threading.Event(), threading.Event()
+        self._run.set()
 
     def pause(self, timeout: float = 60.0) -> None:
         """Returns once no turn is being decoded; trajectories in flight keep their slots. Raises as `stop`."""
@@ -150,45 +208,25 @@ class BackgroundRollouts:
         self._idle.clear()
         self._run.set()
 
-    def stop(self, timeout: float = 60.0) -> list[GroupRequest]:
-        """Ends the thread, closing every environment. Idempotent.
-
-        Returns the requests that were not finished (to be requested again later). Raises what the thread failed with,
-        if it did; RolloutStopped if it did not end within `timeout` seconds.
-        """
+    def stop(self, timeout: float = 90.0) -> list[GroupRequest]:
+        """As RolloutThread's; ends a pause too."""
         self._stop.set()
         self._run.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                raise RolloutStopped(f"the rollout thread did not end within {timeout:g} s")
-        self._raise_failure()
-        return list(self._unfinished)
+        return super().stop(timeout)
 
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+    def _in_flight(self) -> list[GroupRequest]:
+        return self._runner.unfinished()
 
-    def _main(self) -> None:
-        failure: BaseException | None = None
+    def _abandon(self) -> None:
         try:
-            while not self._stop.is_set() and self._tick():
-                if not self._run.is_set():
-                    self._idle.set()
-                    self._run.wait()
-        except BaseException as caught:  # delivered to the trainer, whatever it is
-            self._failure = failure = caught
+            self._runner.reset()
         finally:
-            self._unfinished = [*self._runner.unfinished(), *self._admission.waiting]
-            try:
-                self._runner.reset()
-            finally:
-                self._idle.set()
-                self._buffer.close(failure)
+            self._idle.set()
 
     def _tick(self) -> bool:
-        """One round over the cohorts; False when there is nothing left to do, ever."""
+        if not self._run.is_set():
+            self._idle.set()
+            self._run.wait()
         runner, admission = self._runner, self._admission
         # before admitting: a group finished by the last turn is neither in flight nor in the buffer
         admission.deliver(runner.take_finished())

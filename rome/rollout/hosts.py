@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rome.rollout.background import Admission, RolloutStopped, free_run
+from rome.rollout.background import RolloutStopped, RolloutThread, free_run
 from rome.rollout.buffer import SampleBuffer
 from rome.rollout.episode import GroupRequest
 from rome.rollout.runner import Group, GroupDropped, RolloutRunner
@@ -349,10 +349,10 @@ class RolloutHostActor(RolloutHost):
         self.update_params(*weights)
 
 
-class HostedRollouts:
-    """Feeds `buffer` with groups from the hosts of `pool`, in a thread, until the requests run out or `stop`.
+class HostedRollouts(RolloutThread):
+    """Feeds a buffer with groups from the hosts of `pool`. The other arguments are `RolloutThread`'s.
 
-    As `BackgroundRollouts`, which see for the arguments. The pool outlives it: after `stop`, another may use the hosts.
+    The pool outlives it: after `stop`, another may use the hosts.
     """
 
     def __init__(
@@ -362,65 +362,26 @@ class HostedRollouts:
         requests: Iterable[GroupRequest],
         known: Iterable[GroupRequest] = (),
     ) -> None:
-        if buffer.async_ratio <= 0:
-            raise ValueError(f"async_ratio: rollout hosts expect more than 0, found {buffer.async_ratio:g}")
-        self._pool, self._buffer = pool, buffer
-        self._admission = Admission(buffer, requests, known)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="hosted-rollouts", daemon=True)
-        self._failure: BaseException | None = None
-        self._unfinished: list[GroupRequest] = []
+        super().__init__(buffer, requests, known)
+        self._pool = pool
 
-    def __enter__(self) -> HostedRollouts:
-        self.start()
-        return self
+    def _tick(self) -> bool:
+        self._admit()
+        if self._admission.hopeless and not self._in_flight():
+            return False  # not even a batch is left: nothing could become of it
+        self._listen(timeout=0.1)
+        return True
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def _in_flight(self) -> list[GroupRequest]:
+        return [group.request for seat in self._pool.seats for group in seat.held.values()]
 
-    def start(self) -> None:
-        """Starts the thread. Once."""
-        self._buffer.reopen()
-        self._thread.start()
-
-    def stop(self, timeout: float = 90.0) -> list[GroupRequest]:
-        """Ends the thread and has every host abandon what it works on. Idempotent; see `BackgroundRollouts.stop`."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                raise RolloutStopped(f"the rollout thread did not end within {timeout:g} s")
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
-        return list(self._unfinished)
-
-    def _main(self) -> None:
-        failure: BaseException | None = None
-        try:
-            while not self._stop.is_set():
-                self._admit()
-                if not self._in_flight and self._admission.hopeless:
-                    return
-                self._listen(timeout=0.1)
-        except BaseException as caught:  # delivered to the trainer, whatever it is
-            self._failure = failure = caught
-        finally:
-            held = [group.request for seat in self._pool.seats for group in seat.held.values()]
-            self._unfinished = [*held, *self._admission.waiting]
-            try:
-                self._reset_hosts()
-            finally:
-                self._buffer.close(failure)
-
-    @property
-    def _in_flight(self) -> int:
-        return sum(len(seat.held) for seat in self._pool.seats)
+    def _abandon(self) -> None:
+        self._reset_hosts()
 
     def _admit(self) -> None:
         """Gives each group to the host that has the fewest."""
         ready = [seat for seat in self._pool.seats if not seat.booting]
-        while ready and (group := self._admission.next(self._in_flight)) is not None:
+        while ready and (group := self._admission.next(len(self._in_flight()))) is not None:
             seat = min(ready, key=lambda seat: len(seat.held))
             seat.held[group.request.group_id] = group
             seat.actor.admit.remote([(group.request, group.attempts)])
