@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 
 from rock_env.admin import archive, schema
 from rock_env.admin.auth import ADMIN_TENANT, Principal, new_key
+from rock_env.admin.compat import GEM_PREFIX, SANDBOX_PREFIX, create_peer_app, peer_gem_routes
 from rock_env.admin.control import REQUEST_SECONDS, START_SECONDS, ControlPlane, Record
 from rock_env.admin.gem import Environments
 from rock_env.admin.gem_routes import gem_routes
@@ -62,6 +63,10 @@ def create_app(control: ControlPlane, hub: HubStore, environments: Environments)
     hub_routes(router, hub)
     gem_routes(router, environments)
     app.include_router(router)
+    router = APIRouter(prefix=GEM_PREFIX, responses=_ERRORS)
+    peer_gem_routes(router, environments)
+    app.include_router(router)
+    app.mount(SANDBOX_PREFIX, create_peer_app(control))
     app.add_middleware(Gate, keyring=control.keyring)
     return app
 

@@ -264,7 +264,7 @@ class ControlPlane:
             files = {path: e if isinstance(e, FileEntry) else FileEntry(e) for path, e in spec.files.items()}
             entries, blob = entries_of(files, {})
             wire = spec_to_wire(spec)
-            wire["image"] = self.images[spec.image] if spec.image is not None else None
+            wire["image"] = (self.images[spec.image] or None) if spec.image is not None else None
             if spec.model_proxy is not None and spec.model_proxy.url:
                 wire["model_proxy"]["url"], wire["model_proxy"]["api_key"] = self.models[spec.model_proxy.url]
         arguments = {
