@@ -32,6 +32,7 @@ SANDBOX_PREFIX = "/apis/envs/sandbox/v1"
 GEM_PREFIX = "/apis/v1/envs/gem"
 _POLL_SECONDS = 10.0  # the SDK asks for the state, and sleeps for 3 s while it is not alive
 _CLOSE_SECONDS = 10.0
+_BUFFER_BYTES = 256 << 10  # small enough for as many commands at once as a sandbox may have jobs
 _MAX_READ_BYTES = 64 << 20
 _KILL = 9
 _FORM = {"file": {"type": "string", "format": "binary"}, "target_path": {"type": "string"}}
@@ -212,7 +213,7 @@ async def _run_job(call: Call, who: Principal, body: schema.PeerExecuteBody, sec
     id, job = body.sandbox_id, secrets.token_hex(8)
     asked = {"argv": argv_of(body.command), "env": check_env("env", body.env), "seconds": seconds}
     asked |= {"cwd": None if body.cwd is None else check_path("cwd", body.cwd), "stdin": False, "size": None}
-    await call(who, id, "job_start", job=job, buffer_bytes=jobs.MAX_READ_BYTES, **asked)
+    await call(who, id, "job_start", job=job, buffer_bytes=_BUFFER_BYTES, **asked)
     streams = {"stdout": bytearray(), "stderr": bytearray()}
     sequence, wait, until = 0, jobs.MAX_WAIT_SECONDS, time.monotonic() + seconds + REQUEST_SECONDS
     while True:

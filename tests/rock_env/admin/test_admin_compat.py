@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -138,6 +139,9 @@ def test_execute_keeps_the_streams_apart(peer, box):
     assert result["stdout"] == "a\\xffb"
     result = peer.ok("execute", sandbox_id=box, command="seq 300000; echo end >&2", timeout=60)
     assert (result["stdout"], result["stderr"]) == ("".join(f"{i}\n" for i in range(1, 300001)), "end\n")
+    with ThreadPoolExecutor(24) as pool:
+        said = pool.map(lambda i: peer.ok("execute", sandbox_id=box, command=f"sleep 1; echo {i}")["stdout"], range(48))
+        assert list(said) == [f"{i}\n" for i in range(48)]
     code, reason = peer.failed("execute", sandbox_id=box, command="echo out; exit 3", check=True, error_msg="mine")
     assert (code, "mine" in reason, "exit code 3" in reason, "out" in reason) == (6000, True, True, True)
 
@@ -277,7 +281,8 @@ def test_commit_makes_an_image_of_that_name(peer, peer_admin, user):
     other, asked = Peer(peer_admin, peer_admin.new_tenant("stranger").token), {"image": tag["image_tag"]}
     assert "expected the name of one of the admin's images" in other.failed("start_async", **START | asked)[1]
     assert "hush" not in peer_admin.log.read_text()
-    user.delete(f"/v1/snapshots/{user.get('/v1/snapshots')[0]['id']}")
+    with peer_admin.http(user.token) as http:
+        assert http.delete(f"/v1/snapshots/{user.get('/v1/snapshots')[0]['id']}").status_code == 204
     assert peer.failed("start_async", **START | asked)[0] == 4000
 
 
