@@ -19,11 +19,11 @@ from rock_env.admin.auth import Principal
 from rock_env.admin.compat_schema import COMMAND_ERROR, failed, succeeded
 from rock_env.admin.control import REQUEST_SECONDS, START_SECONDS, ControlPlane, Record
 from rock_env.admin.gem import Environments, Wanted
+from rock_env.admin.gem_routes import step_out
 from rock_env.admin.http import Json, install_errors, principal
 from rock_env.admin.models import SnapshotRow
 from rock_env.admin.schema import ID_PATTERN, Label
 from rock_env.admin.streams import Call, caller
-from rock_env.bubblewrap import entries_of
 from rock_env.errors import LimitExceeded, NotReady, SandboxNotFound, SpecError
 from rock_env.sandbox import argv_of
 from rock_env.spec import FileEntry, check_env, check_path
@@ -239,8 +239,7 @@ def file_routes(router: APIRouter, control: ControlPlane) -> None:
     async def put(record: Record, path: str, data: bytes) -> None:
         if check_path("path", path).endswith("/"):
             raise SpecError(f"path: expected a file name, got {path!r}")
-        entries, blob = entries_of({path: FileEntry(data)}, {})
-        await control.call(record, "put", REQUEST_SECONDS, blob, entries=entries)
+        await control.put(record, {path: FileEntry(data)}, {})
 
     @router.post("/read_file")
     async def read_file(body: schema.ReadBody, who: Who) -> Response:
@@ -310,11 +309,7 @@ def peer_gem_routes(router: APIRouter, environments: Environments) -> None:
 
     @router.post("/step")
     async def step(body: schema.GemStepBody, who: Who) -> Response:
-        observation, reward, terminated, truncated, info = await environments.step(
-            who, body.sandbox_id, body.action, None
-        )
-        ends = {"terminated": bool(terminated), "truncated": bool(truncated)}
-        return Json({"observation": observation, "reward": float(reward), **ends, "info": info})
+        return Json(step_out(*await environments.step(who, body.sandbox_id, body.action, None)))
 
     @router.post("/close")
     async def close(body: schema.SandboxBody, who: Who) -> Response:

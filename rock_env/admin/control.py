@@ -7,7 +7,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,6 +294,11 @@ class ControlPlane:
         except SandboxNotFound as error:
             host.wake.set()
             raise SandboxDead(f"sandbox {record.id} was lost with its worker") from error
+
+    async def put(self, record: Record, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None:
+        """Write files into a running sandbox, each atomically."""
+        entries, blob = entries_of(files, links)
+        await self.call(record, "put", REQUEST_SECONDS, blob, entries=entries)
 
     def _host(self, name: str | None, incarnation: str | None) -> Host:
         host = self.scheduler.hosts.get(name or "")
