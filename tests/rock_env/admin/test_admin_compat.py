@@ -388,6 +388,7 @@ def test_forms_that_are_none(body):
 _SDK = Path(__file__).with_name("peer_sdk.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "ROCK_COMPAT_PYTHON" not in os.environ, reason="$ROCK_COMPAT_PYTHON: no interpreter that has rl-rock"
 )
