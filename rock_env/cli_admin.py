@@ -24,7 +24,9 @@ def start(
     database: Annotated[
         str | None, typer.Option(envvar="ROCK_DATABASE", help="SQLAlchemy URL; default SQLite.")
     ] = None,
-    image: Annotated[list[str], typer.Option(help="NAME=PATH that tenants may use; may be repeated.")] = [],  # noqa: B006
+    image: Annotated[
+        list[str], typer.Option(help="NAME=PATH that tenants may use (NAME=: no image); may be repeated.")
+    ] = [],  # noqa: B006
     model: Annotated[
         list[str], typer.Option(help="NAME=URL[=KEY_FILE] of a model server on loopback that tenants may use.")
     ] = [],  # noqa: B006

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 
 from rock_env.admin import archive, schema
 from rock_env.admin.auth import ADMIN_TENANT, Principal, new_key
+from rock_env.admin.compat import GEM_PREFIX, SANDBOX_PREFIX, create_peer_app, peer_gem_routes
 from rock_env.admin.control import REQUEST_SECONDS, START_SECONDS, ControlPlane, Record
 from rock_env.admin.gem import Environments
 from rock_env.admin.gem_routes import gem_routes
@@ -17,7 +18,6 @@ from rock_env.admin.http import Gate, Json, install_errors, principal
 from rock_env.admin.hub_routes import HubStore, hub_routes
 from rock_env.admin.models import State, Tenant
 from rock_env.admin.streams import job_routes, model_routes
-from rock_env.bubblewrap import entries_of
 from rock_env.errors import Forbidden, NotReady, SandboxNotFound, SpecError
 from rock_env.sandbox import argv_of
 from rock_env.spec import FileEntry, check_env, check_path
@@ -62,6 +62,10 @@ def create_app(control: ControlPlane, hub: HubStore, environments: Environments)
     hub_routes(router, hub)
     gem_routes(router, environments)
     app.include_router(router)
+    router = APIRouter(prefix=GEM_PREFIX, responses=_ERRORS)
+    peer_gem_routes(router, environments)
+    app.include_router(router)
+    app.mount(SANDBOX_PREFIX, create_peer_app(control))
     app.add_middleware(Gate, keyring=control.keyring)
     return app
 
@@ -178,11 +182,6 @@ def command_routes(router: APIRouter, control: ControlPlane) -> None:
 
 
 def file_routes(router: APIRouter, control: ControlPlane) -> None:
-    async def put(record: Record, files: dict[str, FileEntry], links: dict[str, str]) -> Response:
-        entries, blob = entries_of(files, links)
-        await control.call(record, "put", REQUEST_SECONDS, blob, entries=entries)
-        return Response(status_code=204)
-
     @router.get("/sandboxes/{id}/files", response_class=Response)
     async def read(
         id: SandboxId,
@@ -208,7 +207,8 @@ def file_routes(router: APIRouter, control: ControlPlane) -> None:
         record = await control.find(who, id, "files")
         if check_path("path", path).endswith("/"):
             raise SpecError(f"path: expected a file name, got {path!r}")
-        return await put(record, {path: FileEntry(await request.body(), mode)}, {})
+        await control.put(record, {path: FileEntry(await request.body(), mode)}, {})
+        return Response(status_code=204)
 
     @router.get("/sandboxes/{id}/list")
     async def list_files(id: SandboxId, who: Who, path: FilePath = ".", recursive: bool = False) -> Response:
@@ -230,7 +230,8 @@ def file_routes(router: APIRouter, control: ControlPlane) -> None:
         """Unpack the body, a tar archive of files, directories and symbolic links, below `path`."""
         record = await control.find(who, id, "files")
         below = "" if path == "." else check_path("path", path)
-        return await put(record, *archive.unpack(await request.body(), below))
+        await control.put(record, *archive.unpack(await request.body(), below))
+        return Response(status_code=204)
 
 
 def copy_routes(router: APIRouter, control: ControlPlane) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -267,7 +267,7 @@ class ControlPlane:
             files = {path: e if isinstance(e, FileEntry) else FileEntry(e) for path, e in spec.files.items()}
             entries, blob = entries_of(files, {})
             wire = spec_to_wire(spec)
-            wire["image"] = self.images[spec.image] if spec.image is not None else None
+            wire["image"] = (self.images[spec.image] or None) if spec.image is not None else None
             if spec.model_proxy is not None and spec.model_proxy.url:
                 wire["model_proxy"]["url"], wire["model_proxy"]["api_key"] = self.models[spec.model_proxy.url]
         arguments = {
@@ -297,6 +297,11 @@ class ControlPlane:
         except SandboxNotFound as error:
             host.wake.set()
             raise SandboxDead(f"sandbox {record.id} was lost with its worker") from error
+
+    async def put(self, record: Record, files: Mapping[str, FileEntry], links: Mapping[str, str]) -> None:
+        """Write files into a running sandbox, each atomically."""
+        entries, blob = entries_of(files, links)
+        await self.call(record, "put", REQUEST_SECONDS, blob, entries=entries)
 
     def _host(self, name: str | None, incarnation: str | None) -> Host:
         host = self.scheduler.hosts.get(name or "")

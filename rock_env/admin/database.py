@@ -14,7 +14,17 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
 
-from rock_env.admin.models import TRANSITIONS, Base, Key, SandboxRow, SnapshotRow, State, Tenant, Transition
+from rock_env.admin.models import (
+    TRANSITIONS,
+    Base,
+    Key,
+    SandboxRow,
+    SnapshotRow,
+    SnapshotTag,
+    State,
+    Tenant,
+    Transition,
+)
 from rock_env.errors import BackendUnavailable, NotReady, SandboxNotFound, SpecError
 
 REASON_CHARACTERS = 1024
@@ -161,6 +171,28 @@ class Database:
         with self._session() as session:
             session.execute(update(SnapshotRow).where(SnapshotRow.id == id).values(state=state))
             session.commit()
+
+    def tag_snapshot(self, tenant: str, tag: str, snapshot: str) -> str | None:
+        """Name a snapshot. Returns the one that had this name before."""
+        with self._session() as session:
+            row = session.get(SnapshotTag, (tenant, tag))
+            before = row.snapshot if row is not None else None
+            session.merge(SnapshotTag(tenant=tenant, tag=tag, snapshot=snapshot))
+            session.commit()
+        return before
+
+    def tagged_snapshot(self, tenant: str, tag: str) -> str | None:
+        with self._session() as session:
+            row = session.get(SnapshotTag, (tenant, tag))
+        return row.snapshot if row is not None else None
+
+    def last_tag(self, sandbox: str) -> tuple[str, SnapshotRow] | None:
+        """The newest named snapshot of a sandbox, and its name."""
+        query = select(SnapshotTag.tag, SnapshotRow).join(SnapshotRow, SnapshotRow.id == SnapshotTag.snapshot)
+        query = query.where(SnapshotRow.sandbox == sandbox).order_by(SnapshotRow.created_at.desc()).limit(1)
+        with self._session() as session:
+            row = session.execute(query).first()
+        return (row[0], row[1]) if row is not None else None
 
 
 def _transition(sandbox: str, tenant: str, state: State, reason: str) -> dict:

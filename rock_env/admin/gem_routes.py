@@ -84,6 +84,12 @@ class StepOut(BaseModel):
     info: dict
 
 
+def step_out(observation: object, reward: float, terminated: bool, truncated: bool, info: dict) -> dict:
+    """The five-tuple as JSON; environments may give NumPy's scalars."""
+    ends = {"terminated": bool(terminated), "truncated": bool(truncated)}
+    return {"observation": observation, "reward": float(reward), **ends, "info": info}
+
+
 def gem_routes(router: APIRouter, environments: Environments) -> None:
     @router.post("/gem/make", status_code=201, response_model=MadeOut)
     async def make(body: MakeBody, who: Who) -> Response:
@@ -101,11 +107,7 @@ def gem_routes(router: APIRouter, environments: Environments) -> None:
     @router.post("/gem/step", response_model=StepOut)
     async def step(body: StepBody, who: Who) -> Response:
         """One action (of one agent). An error ends the episode, and is no reward."""
-        observation, reward, terminated, truncated, info = await environments.step(
-            who, body.id, body.action, body.agent
-        )
-        ends = {"terminated": bool(terminated), "truncated": bool(truncated)}
-        return Json({"observation": observation, "reward": float(reward), **ends, "info": info})
+        return Json(step_out(*await environments.step(who, body.id, body.action, body.agent)))
 
     @router.post("/gem/close", status_code=204, response_class=Response)
     async def close(body: CloseBody, who: Who) -> Response:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +22,7 @@ from rock_env.errors import FileError, RockError
 
 log = logging.getLogger("rock.admin.requests")
 OPEN_PATHS = frozenset({"/health"})
+PEER_PATHS = "/apis/"  # see rock_env.admin.compat
 MAX_BODY_BYTES = 512 << 20
 _STATUS = {
     "unauthorized": 401,
@@ -55,11 +58,18 @@ class Json(Response):
         return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def error_response(error: RockError) -> Json:
+Render = Callable[[Request, int, dict[str, str]], Response]
+
+
+def status_of(error: RockError) -> int:
+    """The HTTP status of an error."""
     if isinstance(error, FileError):
-        status = 404 if error.errno_name == "ENOENT" else 409
-    else:
-        status = _STATUS.get(error.code, 500)
+        return 404 if error.errno_name == "ENOENT" else 409
+    return _STATUS.get(error.code, 500)
+
+
+def error_response(error: RockError) -> Json:
+    status = status_of(error)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
     return Json({"error": errors.to_wire(error)}, status, headers)
 
@@ -92,7 +102,7 @@ class Gate:
 
         try:
             if scope["path"] not in OPEN_PATHS:
-                principal = self._keyring.identify(_header(scope, b"authorization"))
+                principal = self._keyring.identify(_authorization(scope))
                 scope["principal"] = principal
                 who = f"{principal.tenant}/{principal.key}"
             length = _header(scope, b"content-length") or "0"
@@ -111,6 +121,21 @@ def _header(scope: Scope, name: bytes) -> str | None:
         if key == name:
             return value.decode("latin-1")
     return None
+
+
+def _authorization(scope: Scope) -> str | None:
+    """The Authorization header. For a peer's SDK also its own header, and a password (the key in its base URL)."""
+    given = _header(scope, b"authorization")
+    if not scope["path"].startswith(PEER_PATHS):
+        return given
+    given = given or _header(scope, b"xrl-authorization") or ""
+    scheme, _, encoded = given.partition(" ")
+    if scheme.lower() != "basic":
+        return given
+    try:
+        return "Bearer " + base64.b64decode(encoded, validate=True).decode("ascii").partition(":")[2]
+    except ValueError:
+        return None
 
 
 def _one_line(path: str) -> str:
@@ -137,29 +162,38 @@ def principal(request: Request) -> Principal:
     return request.scope["principal"]
 
 
-def install_errors(app: FastAPI) -> None:
-    """Every error as {"error": {"code", "message", "errno"}}; never with what was sent, which may be secret."""
+def _native(request: Request, status: int, error: dict[str, str]) -> Response:
+    return Json({"error": error}, status)
+
+
+def install_errors(app: FastAPI, render: Render = _native) -> None:
+    """Every error as {"error": {"code", "message", "errno"}}, or as `render` has it; never with what was sent, which
+    may be secret."""
+
+    def answer(request: Request, error: RockError) -> Response:
+        return render(request, status_of(error), errors.to_wire(error))
 
     @app.exception_handler(RockError)
     async def on_rock_error(request: Request, error: RockError) -> Response:
-        return error_response(error)
+        return answer(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         lines = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()]
-        return error_response(errors.SpecError("; ".join(lines)[:2000]))
+        return answer(request, errors.SpecError("; ".join(lines)[:2000]))
 
     @app.exception_handler(SQLAlchemyError)
     async def on_database(request: Request, error: SQLAlchemyError) -> Response:
         log.error("the database failed: %s", type(error).__name__)
-        return error_response(errors.BackendUnavailable("the admin's database cannot be used now"))
+        return answer(request, errors.BackendUnavailable("the admin's database cannot be used now"))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
         code = {404: "no_route", 405: "method"}.get(error.status_code, "error")
-        body = {"error": {"code": code, "message": str(error.detail), "errno": ""}}
-        return Json(body, error.status_code, dict(error.headers or {}))
+        response = render(request, error.status_code, {"code": code, "message": str(error.detail), "errno": ""})
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def on_defect(request: Request, error: Exception) -> Response:
-        return error_response(RockError(f"internal error: {type(error).__name__}"))
+        return answer(request, RockError(f"internal error: {type(error).__name__}"))

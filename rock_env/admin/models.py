@@ -115,3 +115,12 @@ class SnapshotRow(Base):
     worker: Mapped[str] = mapped_column(String(64))
     incarnation: Mapped[str] = mapped_column(String(32))
     created_at: Mapped[float] = mapped_column(Float)
+
+
+class SnapshotTag(Base):
+    """A name that a tenant gave to a snapshot, to start from it as from an image."""
+
+    __tablename__ = "snapshot_tags"
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    tag: Mapped[str] = mapped_column(String(512), primary_key=True)
+    snapshot: Mapped[str] = mapped_column(ForeignKey("snapshots.id"))

@@ -47,7 +47,7 @@ class AdminConfig:
       workers: processes on this machine. `capacity`: sandboxes on each.
       joined: workers started elsewhere (`rock worker`): (name, address, secret file).
       database: a SQLAlchemy URL; None: SQLite in `directory`.
-      images: name that tenants use -> what the backend takes.
+      images: name that tenants use -> what the backend takes; "": what it has without an image.
       models: name that tenants use -> (URL of an OpenAI-compatible server on this machine's loopback, its API key).
       certificate, private_key: PEM files, for TLS.
       reconcile_seconds, worker_seconds: see Reconciler. orphan_seconds: see Worker.

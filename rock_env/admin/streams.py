@@ -103,7 +103,9 @@ class AnswerBody(schema.Body):
 Call = Callable[..., Awaitable[tuple[dict, bytes]]]
 
 
-def _caller(control: ControlPlane) -> Call:
+def caller(control: ControlPlane) -> Call:
+    """`call(who, sandbox, what, seconds, blob, **arguments)`: see Backend.call; `who` needs the scope "exec"."""
+
     async def call(who: Principal, id: str, what: str, seconds: float = 0.0, blob: bytes = b"", /, **arguments: object):
         record = await control.find(who, id, "exec")
         limit = seconds + REQUEST_SECONDS
@@ -113,7 +115,7 @@ def _caller(control: ControlPlane) -> Call:
 
 
 def job_routes(router: APIRouter, control: ControlPlane) -> None:
-    call = _caller(control)
+    call = caller(control)
 
     @router.post("/sandboxes/{id}/jobs", status_code=201, response_model=JobOut)
     async def start(id: SandboxId, body: JobBody, who: Who) -> Response:
@@ -190,7 +192,7 @@ def job_routes(router: APIRouter, control: ControlPlane) -> None:
 
 
 def model_routes(router: APIRouter, control: ControlPlane) -> None:
-    call = _caller(control)
+    call = caller(control)
 
     @router.get("/sandboxes/{id}/model")
     async def status(id: SandboxId, who: Who) -> Response:

@@ -23,6 +23,7 @@ from rock_env.supervisor.watch import Watcher
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_MAX_SESSIONS = 4096
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {
     "PATH": PATH,
@@ -166,6 +167,26 @@ class Runner:
         if session is None:
             session = self.sessions[name] = Session(self, name, self._saved_states.pop(name, None))
         return session
+
+    def session_names(self) -> list[str]:
+        return [*self.sessions, *self._saved_states]
+
+    def open_session(self, name: str) -> None:
+        """Reserve a name; the shell starts with the first command."""
+        names = self.session_names()
+        if name in names:
+            raise Fault("spec", f"session: {name!r} exists already")
+        if len(names) >= _MAX_SESSIONS:
+            raise Fault("limit_exceeded", f"session: a sandbox has at most {_MAX_SESSIONS}")
+        self.session(name)
+
+    async def close_session(self, name: str, seconds: float) -> None:
+        if name not in self.session_names():
+            raise Fault("spec", f"session: expected the name of one, got {name!r}")
+        session = self.session(name)
+        await session.end(time.monotonic() + seconds)
+        if self.sessions.get(name) is session:
+            del self.sessions[name]
 
     def restore_sessions(self, states: dict[str, tuple[str, str]]) -> None:
         """The shells of these sessions begin with what a snapshot holds of them."""

@@ -39,6 +39,17 @@ class Operations:
         command = blob.decode("utf-8", "surrogateescape")
         return await self.box(id).session(session).run(command, seconds, output_bytes), b""
 
+    async def do_session_list(self, blob: bytes, *, id: str) -> Reply:
+        return {"sessions": self.box(id).session_names()}, b""
+
+    async def do_session_open(self, blob: bytes, *, id: str, session: str) -> Reply:
+        self.box(id).open_session(session)
+        return {}, b""
+
+    async def do_session_close(self, blob: bytes, *, id: str, session: str, seconds: float) -> Reply:
+        await self.box(id).close_session(session, seconds)
+        return {}, b""
+
     # -- jobs
     async def do_job_start(
         self,

@@ -77,6 +77,7 @@ class Session:
         self._cwd: str | None = None
         self._sent = 0
         self._proxy_env: dict[str, str] = {}  # what the shell knows of
+        self._is_ended = False
 
     @property
     def is_running(self) -> bool:
@@ -149,6 +150,20 @@ class Session:
         self._fds = {}
         self._pid = 0
 
+    async def end(self, deadline: float) -> None:
+        """End the shell; what it has put into the background goes on. Whoever waits for the session is told."""
+        if not await self._lock.acquire(deadline):
+            raise Fault("request_timeout", f"session {self.name!r}: busy with a command until the deadline")
+        try:
+            self._is_ended = True
+            while self.is_running and self._exit_status is None and self._box.alive:
+                self._changed = Event(self._loop)
+                self._kill(signal.SIGKILL)
+                await self._changed.wait(time.monotonic() + 0.1)
+            self.close()
+        finally:
+            self._lock.release()
+
     # -- commands
     async def run(self, command: str, seconds: float, output_bytes: int) -> dict:
         deadline = time.monotonic() + seconds
@@ -157,6 +172,8 @@ class Session:
         try:
             for _ in range(_ATTEMPTS):
                 self._box.require_alive()
+                if self._is_ended:
+                    raise Fault("spec", f"session {self.name!r} was closed meanwhile")
                 if not self.is_running:
                     await self._start_shell()
                 if self._proxy_env != self._box.proxy_env:
