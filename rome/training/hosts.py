@@ -8,9 +8,8 @@ from typing import Any
 
 from rome.envs import TerminalEnv
 from rome.models import ChatRenderer, ModelConfig, Renderer, TemplateRenderer, Tokenizer
-from rome.models.sharding import make_mesh
 from rome.rollout import DecodeEngine, RolloutRunner
-from rome.training.platform import keep_freed_memory
+from rome.training.platform import keep_freed_memory, make_meshes
 from rome.training.pretrained import kept_tokenizer
 from rome.training.settings import RunSettings
 
@@ -33,7 +32,7 @@ def make_renderer(tokenizer: Any) -> Renderer:
 def make_runner(
     settings: RunSettings, model: ModelConfig, renderer: Renderer, params: Any, version: int
 ) -> RolloutRunner:
-    """A runner whose engine is warm. `params` lie where `mesh.rollout` wants them."""
+    """A runner whose engine is warm."""
     engine = DecodeEngine(
         params,
         model,
@@ -41,7 +40,7 @@ def make_runner(
         renderer.stop_ids,
         renderer.tokenizer.pad_id,
         version=version,
-        mesh=make_mesh(settings.mesh.rollout),
+        meshes=make_meshes(settings.mesh).rollout,
     )
     engine.warmup()
     environment = functools.partial(make_environment, settings)
