@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +55,10 @@ class TurnTime:
 
     def __call__(self, steps: int, rows: float, passes: int) -> float:
         return self.fixed + self.prompt * passes + self.row * rows + steps * (self.step + self.step_row * rows)
+
+    def times(self, factor: float) -> TurnTime:
+        """That of a policy which takes `factor` times as long."""
+        return TurnTime(*(factor * value for value in astuple(self)))
 
     @classmethod
     def fit(cls, turns: Sequence[Turn]) -> TurnTime:
