@@ -49,6 +49,7 @@ setup(
         "ml-collections>=1.1",
         "ml-dtypes>=0.5",
         "numpy>=2.0",
+        "scipy>=1.11",
         "msgpack>=1.1",
         "tokenizers>=0.22",
         "rich>=14",

@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
         {
             "train": {"data": 1, "fsdp": CHIPS, "expert": 1, "context": 1, "tensor": 1},
             "rollout": {"data": CHIPS // 8, "fsdp": 1, "expert": 8, "context": 1, "tensor": 1},
+            "multiplex": False,
         }
     )
     config.rl.update(row_length=CONTEXT, micro_rows=CHIPS, max_chunks=256, groups=64, group_size=8)

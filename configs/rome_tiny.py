@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
             "cohorts": 2,
             "max_length": 256,
             "extend_buckets": (16, 32, 64),
+            "prompt_rows": 4,
             "max_chunk_tokens": 32,
             "temperature": 1.0,
             "top_p": 1.0,
@@ -137,7 +138,7 @@ def get_config() -> ConfigDict:
             },
         }
     )
-    config.mesh = ConfigDict({"train": one, "rollout": dict(one)})
+    config.mesh = ConfigDict({"train": one, "rollout": dict(one), "multiplex": False})
     config.checkpoint = ConfigDict({"supervised_every": 100, "every": 10, "keep": 2})
     return config
 

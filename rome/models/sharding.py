@@ -76,13 +76,15 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-    """The mesh over `devices` (default: all), neighbours on an axis being neighbours on the wire. None for one device.
+    """The mesh over `devices` (default: all), neighbours on an axis being neighbours on the wire.
+
+    None for one device, unless `devices` is a single one that is not the default.
 
     Raises ShardingError if the number of devices is not the mesh's.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = tuple(getattr(config, name) for name in AXES)
-    if config.size == 1:
+    if config.size == 1 and (len(devices) > 1 or devices[0] == jax.devices()[0]):
         return None
     if config.size != len(devices):
         shape = " × ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True) if size > 1)

@@ -11,6 +11,9 @@ start a turn with the same prompt (the samples of a group) share its prefill: it
 
 Slots are split into cohorts, each with a decode state of its own, so that the environments of one cohort can run while
 another decodes. All cohorts have the same shape: they share every compiled function.
+
+An engine may have several *placements*, each a mesh over some of the devices, and moves between them while trajectories
+are in flight: `move_to` takes weights and caches along. That is how training borrows devices from rollouts.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rome.models import ModelConfig
-from rome.models.sharding import Mesh
+from rome.models import ModelConfig, param_specs
+from rome.models.sharding import Mesh, param_shardings
 from rome.rollout.programs import Compiled, DecodeState, Finish, compiled, empty_state, row_of, slot_shardings
 
 
@@ -114,6 +118,7 @@ class EngineStats:
     decode_steps: int = 0
     seconds: float = 0.0  # in `generate`, device time included
     host_seconds: float = 0.0  # of these, outside dispatch and wait
+    moves: int = 0  # to another placement
 
 
 class Append(NamedTuple):
@@ -124,15 +129,30 @@ class Append(NamedTuple):
     fresh: np.ndarray  # bool[B]
 
 
+class _Placement(NamedTuple):
+    """Where an engine's arrays may lie, and its programs for there. Without a mesh: on the default device."""
+
+    mesh: Mesh | None
+    compiled: Compiled
+    shardings: Any  # of the weights; None without a mesh
+
+    def own(self, params: Any) -> Any:
+        """A copy of the weights that lies here."""
+        if self.mesh is None:
+            return own_copy(params)
+        return jax.device_put(params, self.shardings, may_alias=False)
+
+
 class DecodeEngine:
-    """Slots, caches and weights of one policy. One thread calls `generate`; `update_params` may come from another.
+    """Slots, caches and weights of one policy. One thread calls `generate`; any may call `update_params` and `move_to`.
 
     Args:
       params, model_config: as for `rome.models.forward`. The engine keeps a copy, so a trainer may donate its own.
       stop_ids: sampled as the last token of a chunk.
       pad_id: fills unused positions of appends.
       version: of `params`.
-      mesh: spreads slots and weights over devices; `params` lie on it already.
+      meshes: the engine's placements, each spreading slots and weights over its devices (None: the default device).
+        The first is where it starts.
     """
 
     def __init__(
@@ -143,7 +163,7 @@ class DecodeEngine:
         stop_ids: frozenset[int],
         pad_id: int,
         version: int = 0,
-        mesh: Mesh | None = None,
+        meshes: Sequence[Mesh | None] = (None,),
     ) -> None:
         outside = sorted(i for i in {*stop_ids, pad_id} if not 0 <= i < model_config.vocab_size)
         if outside or not stop_ids:
@@ -154,12 +174,24 @@ class DecodeEngine:
             raise EngineError(f"top_k: expected at most {model_config.vocab_size}, found {config.top_k}")
         if config.record_experts and not model_config.is_moe:
             raise EngineError("record_experts: expected False of a policy without experts, found True")
-        self.config, self.model_config, self.pad_id, self._mesh = config, model_config, pad_id, mesh
+        if not meshes or (None in meshes and len(meshes) > 1):
+            raise EngineError(f"meshes: expected None alone, or one or more meshes, found {meshes!r}")
+        self.config, self.model_config, self.pad_id = config, model_config, pad_id
         self.stats = EngineStats()
-        self._compiled = compiled_functions(model_config, config, mesh)
-        self._weights_lock = threading.Lock()
-        self._weights = (jax.tree.map(jnp.copy, params), int(version))
-        self._stop_ids = jnp.array(sorted(stop_ids), jnp.int32)
+        self._placements = tuple(
+            _Placement(
+                mesh,
+                compiled_functions(model_config, config, mesh),
+                None if mesh is None else param_shardings(param_specs(model_config), mesh),
+            )
+            for mesh in meshes
+        )
+        self._at = 0
+        self._changing = threading.Lock()  # one update or move at a time
+        # a move stands in the gate until the turn has ended, so that no other turn overtakes it
+        self._gate, self._turn = threading.Lock(), threading.Lock()
+        self._weights = (self._placements[0].own(params), int(version))
+        self._stop_ids = np.array(sorted(stop_ids), np.int32)
         rows = config.slots
         self._held = np.zeros((rows, config.max_length), np.int32)  # the tokens in each slot's cache
         self._lengths = np.zeros(rows, np.int64)
@@ -178,7 +210,16 @@ class DecodeEngine:
     @property
     def compilations(self) -> int:
         """How many shapes were compiled so far, by all engines with the same static configuration."""
-        return self._compiled.traces
+        return sum(placement.compiled.traces for placement in self._placements)
+
+    @property
+    def placement(self) -> int:
+        """The index of the mesh that the next turn decodes on."""
+        return self._at
+
+    @property
+    def _compiled(self) -> Compiled:
+        return self._placements[self._at].compiled
 
     def update_params(self, params: Any, version: int) -> None:
         """Swaps the weights between turns, without draining: trajectories in flight go on under the new ones.
@@ -186,9 +227,38 @@ class DecodeEngine:
         Cached keys and values of earlier tokens stay those of the weights that computed them; `versions` tells.
         Raises EngineError unless the version grows and shapes and dtypes stay.
         """
-        weights = next_weights(self._weights, params, version)
-        with self._weights_lock:
-            self._weights = weights
+        with self._changing:
+            self._weights = next_weights(self._weights, params, version, self._placements[self._at].own)
+
+    def move_to(self, placement: int) -> None:
+        """Moves the weights and what every slot holds to `meshes[placement]`, after the turn that is being decoded.
+
+        Nothing is prefilled again: trajectories in flight go on there as they would have here. Until it returns, both
+        placements hold everything. Raises EngineError for an index that there is not.
+        """
+        if not 0 <= placement < len(self._placements):
+            raise EngineError(f"placement: expected 0..{len(self._placements) - 1}, found {placement}")
+        with self._changing:
+            if placement == self._at:
+                return
+            target, (params, version) = self._placements[placement], self._weights
+            params = jax.block_until_ready(jax.device_put(params, target.shardings))  # while turns go on
+            with self._gate, self._turn:
+                held = (self._states, self._prompts)
+                held = jax.device_put(held, slot_shardings(held, target.mesh))
+                self._states, self._prompts = jax.block_until_ready(held)
+                self._at, self._weights = placement, (params, version)
+            self.stats.moves += 1
+
+    @contextmanager
+    def _one_turn(self) -> Iterator[tuple[Any, int]]:
+        """While it lasts the engine does not move. Gives (params, version)."""
+        with self._gate:
+            self._turn.acquire()
+        try:
+            yield self._weights
+        finally:
+            self._turn.release()
 
     def cohort_slots(self, cohort: int) -> range:
         """The slots of a cohort, in order."""
@@ -217,13 +287,21 @@ class DecodeEngine:
         if not self.config.record_experts:
             raise EngineError("routed_experts: expected an engine that was made with record_experts")
         cohort, row = divmod(slot, self.config.slots_per_cohort)
-        recorded = row_of(self._states[cohort].cache.experts, np.int32(row))
-        return np.asarray(recorded)[: self._lengths[slot]]
+        with self._one_turn():
+            recorded = np.asarray(row_of(self._states[cohort].cache.experts, np.int32(row)))
+        return recorded[: self._lengths[slot]]
 
     def warmup(self) -> None:
-        """Compiles every shape. Call it while no slot is in use; nothing compiles afterwards."""
+        """Compiles every shape, on every placement. Call it while no slot is in use; nothing compiles afterwards."""
         if self._occupied.any():
             raise EngineError("warmup: expected no slot in use")
+        start = self._at
+        for placement in range(len(self._placements)):
+            self.move_to(placement)
+            self._compile()
+        self.move_to(start)
+
+    def _compile(self) -> None:
         rows, (params, _) = self.config.slots_per_cohort, self._weights
         keys, idle, counts = np.zeros((rows, 2), np.uint32), np.zeros(rows, bool), np.zeros(rows, np.int32)
         temperature = np.float32(self.config.temperature)
@@ -254,8 +332,6 @@ class DecodeEngine:
         started = time.perf_counter()
         first, rows = self.cohort_slots(cohort).start, self.config.slots_per_cohort
         self._check_deltas(cohort, deltas)
-        with self._weights_lock:
-            params, version = self._weights
         active = np.zeros(rows, bool)
         active[[slot - first for slot in deltas]] = True
         prompts = {slot - first: delta for slot, delta in deltas.items() if self._fresh[slot]}
@@ -264,27 +340,41 @@ class DecodeEngine:
         appends = self._batches(rows, continued, self.config.extend_buckets)
         prepared = time.perf_counter()
         heat = np.float32(self.config.temperature if temperature is None else temperature)
-        keys = self._keys[first : first + rows]
-        try:
-            for prefills, source in shared:
-                for prefill in prefills:
-                    self._prompts = self._compiled.append(params, self._prompts, *prefill)
-                self._states[cohort] = self._compiled.share(self._states[cohort], self._prompts, source)
-            for append in appends:
-                self._states[cohort] = self._compiled.append(params, self._states[cohort], *append)
-            self._states[cohort], packed = self._compiled.decode(
-                params, self._states[cohort], keys, active, heat, self._stop_ids
-            )
-            packed = np.asarray(packed)  # the turn's one synchronisation
-        except BaseException:  # Ctrl-C too: the donated states are gone, and with them what the slots held
-            self._reset_states([cohort])
-            self._occupied[first : first + rows], self._lengths[first : first + rows] = False, 0
-            raise
+        with self._one_turn() as (params, version):
+            packed = self._advance(cohort, params, shared, appends, active, heat)
         waited = time.perf_counter() - prepared
         sampled = {slot: self._unpack(slot, delta, packed[slot - first], version) for slot, delta in deltas.items()}
         passes = [*(prefill for prefills, _ in shared for prefill in prefills), *appends]
         self._account(sampled, deltas, len(continued), passes, time.perf_counter() - started, waited)
         return sampled
+
+    def _advance(
+        self,
+        cohort: int,
+        params: Any,
+        shared: Sequence[tuple[list[Append], np.ndarray]],
+        appends: Sequence[Append],
+        active: np.ndarray,
+        temperature: np.float32,
+    ) -> np.ndarray:
+        """A turn on the device: what `_decode` returns of it, on the host."""
+        run, slots = self._compiled, self.cohort_slots(cohort)
+        rows = slice(slots.start, slots.stop)
+        try:
+            for prefills, source in shared:
+                for prefill in prefills:
+                    self._prompts = run.append(params, self._prompts, *prefill)
+                self._states[cohort] = run.share(self._states[cohort], self._prompts, source)
+            for append in appends:
+                self._states[cohort] = run.append(params, self._states[cohort], *append)
+            self._states[cohort], packed = run.decode(
+                params, self._states[cohort], self._keys[rows], active, temperature, self._stop_ids
+            )
+            return np.asarray(packed)  # the turn's one synchronisation
+        except BaseException:  # Ctrl-C too: the donated states are gone, and with them what the slots held
+            self._reset_states([cohort])
+            self._occupied[rows], self._lengths[rows] = False, 0
+            raise
 
     def _reset_states(self, cohorts: Iterable[int]) -> None:
         """Empties cohorts, and where prompts are prefilled."""
@@ -296,9 +386,10 @@ class DecodeEngine:
         empty = functools.partial(
             empty_state, self.model_config, rows, self.config.max_length, self.config.record_experts
         )
-        if self._mesh is None:
+        mesh = self._placements[self._at].mesh
+        if mesh is None:
             return empty()
-        return jax.jit(empty, out_shardings=slot_shardings(jax.eval_shape(empty), self._mesh))()
+        return jax.jit(empty, out_shardings=slot_shardings(jax.eval_shape(empty), mesh))()
 
     def _check_deltas(self, cohort: int, deltas: Mapping[int, np.ndarray]) -> None:
         slots = self.cohort_slots(cohort)
@@ -389,8 +480,14 @@ def compiled_functions(model_config: ModelConfig, config: EngineConfig, mesh: Me
     return compiled(mesh, model_config, c.max_length, c.max_chunk_tokens, c.top_k, c.top_p, c.min_p)
 
 
-def next_weights(weights: tuple[Any, int], params: Any, version: int) -> tuple[Any, int]:
-    """A copy of `params`, and their version, to follow `weights`.
+def own_copy(params: Any) -> Any:
+    return jax.tree.map(jnp.copy, params)
+
+
+def next_weights(
+    weights: tuple[Any, int], params: Any, version: int, copied: Callable[[Any], Any] = own_copy
+) -> tuple[Any, int]:
+    """A copy of `params`, as `copied` makes it, and their version, to follow `weights`.
 
     Raises EngineError unless the version grows and shapes and dtypes stay.
     """
@@ -399,7 +496,7 @@ def next_weights(weights: tuple[Any, int], params: Any, version: int) -> tuple[A
         raise EngineError(f"version: expected more than {current}, found {version}")
     if jax.tree.map(_shape, params) != jax.tree.map(_shape, old):
         raise EngineError("params: expected the shapes and dtypes that the engine was made with")
-    return jax.tree.map(jnp.copy, params), int(version)
+    return copied(params), int(version)
 
 
 def _shape(leaf: Any) -> tuple:

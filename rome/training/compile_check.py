@@ -118,8 +118,10 @@ def topology_devices(name: str) -> tuple[list[Any], Chip | None]:
 def programs_of(settings: RunSettings, devices: Sequence[Any], names: Sequence[str] = ()) -> list[Program]:
     """The run's programs on `devices`, or those named. Raises ShardingError if a mesh has another number of devices."""
     found = []
-    for config, make in ((settings.mesh.train, train_programs), (settings.mesh.rollout, rollout_programs)):
-        found += make(settings, _mesh(config, devices))
+    mesh = settings.mesh
+    training = devices[: mesh.train.size] if mesh.multiplex else devices
+    for config, used, make in ((mesh.train, training, train_programs), (mesh.rollout, devices, rollout_programs)):
+        found += make(settings, _mesh(config, used))
     unknown = sorted(set(names) - {program.name for program in found})
     if unknown:
         raise TopologyError(f"programs: expected some of {[p.name for p in found]}, found {unknown}")

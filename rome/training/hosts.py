@@ -8,10 +8,10 @@ from typing import Any
 
 from rome.envs import TerminalEnv
 from rome.models import ChatRenderer, ModelConfig, Renderer, TemplateRenderer, Tokenizer
-from rome.models.sharding import make_mesh
 from rome.rollout import DecodeEngine, RewardStage, RolloutRunner
 from rome.training.config import ConfigError
 from rome.training.memory import keep_freed_memory
+from rome.training.platform import make_meshes
 from rome.training.pretrained import kept_tokenizer
 from rome.training.settings import RunSettings
 
@@ -44,7 +44,7 @@ def make_rewards(settings: RunSettings) -> RewardStage | None:
 def make_runner(
     settings: RunSettings, model: ModelConfig, renderer: Renderer, params: Any, version: int
 ) -> RolloutRunner:
-    """A runner whose engine is warm. `params` lie where `mesh.rollout` wants them."""
+    """A runner whose engine is warm."""
     engine = DecodeEngine(
         params,
         model,
@@ -52,7 +52,7 @@ def make_runner(
         renderer.stop_ids,
         renderer.tokenizer.pad_id,
         version=version,
-        mesh=make_mesh(settings.mesh.rollout),
+        meshes=make_meshes(settings.mesh).rollout,
     )
     engine.warmup()
     environment = functools.partial(make_environment, settings)

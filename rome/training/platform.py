@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 
 from rome.models import param_specs
 from rome.models.params import is_spec
-from rome.models.sharding import ShardingError, make_mesh
-from rome.training.settings import RunSettings
+from rome.models.sharding import Mesh, ShardingError, make_mesh
+from rome.training.settings import MeshSettings, RunSettings
 from rome.training.state import init_state, make_optimizer
+
+
+class Meshes(NamedTuple):
+    """Where a run trains, and where it may roll out: with multiplexing on all devices or on those not training."""
+
+    train: Mesh | None
+    rollout: tuple[Mesh | None, ...]
+
+
+def make_meshes(settings: MeshSettings) -> Meshes:
+    """Of the devices that are here. Raises ShardingError if they are not as many as needed."""
+    if not settings.multiplex:
+        return Meshes(make_mesh(settings.train), (make_mesh(settings.rollout),))
+    wide, devices = make_mesh(settings.rollout), jax.devices()
+    lent, kept = devices[: settings.train.size], devices[settings.train.size :]
+    return Meshes(make_mesh(settings.train, lent), (wide, make_mesh(settings.narrow, kept)))
 
 
 def require_devices(settings: RunSettings) -> None:
     """Raises ShardingError, which says how many devices a run needs and with how much memory, if they are not here."""
     try:
-        for mesh in (settings.mesh.train, settings.mesh.rollout):
-            make_mesh(mesh)
+        make_meshes(settings.mesh)
     except ShardingError as error:
         size = state_bytes(settings) / settings.mesh.train.size / 2**30
         raise ShardingError(

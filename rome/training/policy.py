@@ -108,11 +108,13 @@ class PolicyTrainer:
         batch = self._batches([], np.zeros((0, width), np.float32), {})[1][0]
         if self._objective.imitation != "off":
             self._expert_returns(rewards[: s.groups], chunks[: s.groups], width)
-        totals = self._add(Totals(np.float32(0), np.float32(0)), self._totals(batch))
+        part = self._totals(batch)
+        totals = self._add(Totals(np.float32(0), np.float32(0)), part)
+        totals = self._add(totals, part)  # on a mesh the sum lies elsewhere than the zero did
         gradients = self._step.zeros(state.params)
         share = np.float32(1)
         gradients, (_, metrics, _) = self._step.accumulate(state.params, gradients, batch, totals, share)
-        self._merge(metrics, metrics)
+        self._merge(self._merge(metrics, metrics), metrics)
         if s.updates_per_batch > 1 or s.skip_inert:
             self._step.log_probs(state.params, batch)
         self._step.apply.compile(state, gradients)  # not called: it would need the memory of a second state

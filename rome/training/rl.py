@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ def request_for(spec: TaskSpec, group_id: str, size: int, run_seed: int, start: 
     return GroupRequest(task, group_id, size, int.from_bytes(digest[:4], "big"), expert, prefix)
 
 
+WIDE, NARROW = 0, 1  # the engine's placements with `mesh.multiplex`: all devices, those that don't train
 FRUITLESS_ROUNDS = 3  # rounds of requests of which not one group came back, after which a run gives up
 
 
@@ -55,6 +57,9 @@ class GroupSource:
     trains (with a `pool`: has the hosts do so); `stop` brings it to a standstill before `state_dict` makes a
     checkpoint. Groups are numbered by the sampler's cursor; one given out to be sampled and not yet trained on is
     pending, and is sampled again on resume.
+
+    With `mesh.multiplex`, rollouts have left the training devices when `batch` returns, with all that is in flight, and
+    are back on all devices when `publish` does.
 
     With `resampling.fraction` > 0 some groups start from the prefix of an expert instead (see
     `rome.training.resampling`); `demonstrations` are the experts. What the last batch asks to imitate is in `experts`.
@@ -79,6 +84,7 @@ class GroupSource:
         self._resampler = Resampler(settings.resampling, fitting, settings.seed)
         self.experts: list[Expert] = []
         self._resampling_metrics: dict[str, float] = {}
+        self._move_metrics: dict[str, float] = {}
         self._lock = threading.Lock()  # of the sampler, the resampler and what is pending: rollouts draw requests
         self._pending: dict[str, Pending] = {}
         self._retry: list[str] = []
@@ -95,6 +101,7 @@ class GroupSource:
         if self.is_asynchronous:
             self._start()
             groups = self.buffer.get_batch(wanted, version, self._settings.rollout.batch_seconds)
+            self._move(NARROW, "time/shrink")
         else:
             self.buffer.set_version(version)
             fruitless = 0
@@ -158,15 +165,30 @@ class GroupSource:
         if self._pool is not None:
             self._pool.publish(params, version)
         self.buffer.set_version(version)
+        self._move(WIDE, "time/expand")
+
+    def _move(self, placement: int, metric: str) -> None:
+        """With multiplexing: moves the rollouts, and notes the seconds until they are there."""
+        mesh = self._settings.mesh
+        if not mesh.multiplex:
+            return
+        started = time.monotonic()
+        self._runner.engine.move_to(placement)
+        self._move_metrics |= {
+            metric: time.monotonic() - started,
+            "devices/training": float(mesh.train.size),
+            "devices/rolling_out_meanwhile": float(mesh.narrow.size),
+        }
 
     def metrics(self) -> dict[str, float]:
-        """What was lost so far, by reason: stale samples, failed episodes, groups given up; and the resampling."""
+        """What was lost so far, by reason (stale samples, failed episodes, groups given up); resampling; moves."""
         counts = self.buffer.stats  # they survive checkpoints by themselves
         return {
             "buffer/dropped_stale": float(counts.dropped_stale),
             "buffer/dropped_with_group": float(counts.dropped_with_group),
             **self._lost(),
             **self._resampling_metrics,
+            **self._move_metrics,
             **(self._resampler.metrics() if self._settings.resampling.fraction else {}),
         }
 

@@ -22,7 +22,7 @@ from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_R
 from rome.files import atomic_write
 from rome.models import init_induction, init_params, param_specs, train_tokenizer
 from rome.models.lora import adapt, merge
-from rome.models.sharding import make_mesh, param_shardings
+from rome.models.sharding import param_shardings
 from rome.rollout import HostPool, RolloutRunner, Trace
 from rome.training.checkpoint import Checkpointer
 from rome.training.compilations import count_compilations
@@ -30,7 +30,7 @@ from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
 from rome.training.hosts import host_runner, make_environment, make_renderer, make_runner
 from rome.training.memory import keep_freed_memory
-from rome.training.platform import require_devices
+from rome.training.platform import make_meshes, require_devices
 from rome.training.policy import PolicyTrainer
 from rome.training.pretrained import adopt, first_params, kept_config, kept_tokenizer, zero_params
 from rome.training.report import write_report
@@ -80,7 +80,7 @@ class Run:
     ) -> None:
         self.settings, self.directory = settings, directory
         self.writer, self.progress, self.checkpointer = writer, progress, checkpointer
-        self.mesh, self.rollout_mesh = make_mesh(settings.mesh.train), make_mesh(settings.mesh.rollout)
+        self.mesh, self.rollout_meshes = make_meshes(settings.mesh)
         self.key = jax.random.key(settings.seed)
         self._merge = jax.jit(merge) if settings.rl.lora.rank else lambda params: params
         self.results: dict[str, Any] = {}
@@ -245,6 +245,9 @@ class Run:
             runner = stack.enter_context(make_runner(s, self.model, self.renderer, params, start))
             pool = stack.enter_context(self._hosts(params, start)) if s.rollout.hosts else None
             source = GroupSource(s, runner, sampler, self.demonstrations, pool)
+            if s.mesh.multiplex:
+                wide, narrow = ({device.id for device in mesh.devices.flat} for mesh in self.rollout_meshes)
+                self.progress.log(f"devices {wide} roll out; {narrow} of them while {wide - narrow} train")
             if source_state is not None:
                 source.load_state_dict(*source_state)
             if "warm_start" not in self.results:
@@ -269,15 +272,14 @@ class Run:
         return HostPool(make, params, version, self.settings.rollout.host_config())
 
     def _rollout_params(self, params: Any) -> Any:
-        """The weights as the engine wants them: in the model's dtype, where its mesh has them."""
+        """The weights as the engine wants them: in the model's dtype. Those for a mesh it puts there itself."""
         serving = dataclasses.replace(self.model, param_dtype=self.model.dtype)
         params = self._merge(params)
-        if self.mesh is None and self.rollout_mesh is None and serving == self.model:
-            return params
-        where = jax.devices()[0]
-        if self.rollout_mesh is not None:
-            where = param_shardings(param_specs(serving), self.rollout_mesh)
-        return jax.device_put(jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), params), where)
+        if serving != self.model:
+            params = jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), params)
+        if self.rollout_meshes == (None,) and (self.mesh is not None or serving != self.model):
+            return jax.device_put(params, jax.devices()[0])
+        return params
 
     def _policy_step(self, step: int, state: TrainState, trainer: PolicyTrainer, source: GroupSource) -> TrainState:
         """Step n: groups sampled by version n (or a little older), one batch of updates, version n + 1 published."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -197,14 +197,44 @@ class PretrainedModel:
 
 @dataclass(frozen=True)
 class MeshSettings:
-    """How training, and how rollouts, spread over the devices (`rome.models.sharding`)."""
+    """How training, and how rollouts, spread over the devices (`rome.models.sharding`).
+
+    With `multiplex`, rollouts have all devices, and lend the first ones to training while it has a batch: `train` is
+    then smaller than `rollout`, and the devices that it leaves are `narrow`.
+    """
 
     train: MeshConfig = field(default_factory=MeshConfig)
     rollout: MeshConfig = field(default_factory=MeshConfig)
+    multiplex: bool = False
 
     def __post_init__(self) -> None:
         if self.rollout.context > 1:
             raise ValueError(f"rollout.context: expected 1 (a token is decoded whole), found {self.rollout.context}")
+        if not self.multiplex:
+            return
+        left, unit = self.rollout.size - self.train.size, self.rollout.size // self.rollout.data
+        if left < 1:
+            raise ValueError(
+                f"multiplex: expected train to have fewer devices than rollout ({self.rollout.size}), "
+                f"found {self.train.size}"
+            )
+        if left % unit:
+            raise ValueError(
+                f"multiplex: expected the devices that train leaves to be a multiple of {unit} (rollout.fsdp × expert "
+                f"× tensor), found {self.rollout.size} - {self.train.size} = {left}"
+            )
+
+    @property
+    def narrow(self) -> MeshConfig:
+        """Of rollouts while training has its devices: with fewer ways of `data`."""
+        unit = self.rollout.size // self.rollout.data
+        return replace(self.rollout, data=(self.rollout.size - self.train.size) // unit)
+
+    @property
+    def rollouts(self) -> dict[str, MeshConfig]:
+        """Every mesh that rollouts may have, by what it is called in messages."""
+        narrow = {"mesh.rollout without mesh.train": self.narrow} if self.multiplex else {}
+        return {"mesh.rollout": self.rollout, **narrow}
 
 
 @dataclass(frozen=True)
@@ -241,9 +271,15 @@ class RunSettings:
     def __post_init__(self) -> None:
         _at_least(self, seed=0)
         _multiple("rl.micro_rows", self.rl.micro_rows, "mesh.train", self.mesh.train.row_shards)
-        _multiple("engine slots a cohort", self.engine.slots_per_cohort, "mesh.rollout", self.mesh.rollout.row_shards)
         prompts = min(self.engine.prompt_rows, self.engine.slots_per_cohort)
-        _multiple("engine.prompt_rows", prompts, "mesh.rollout", self.mesh.rollout.row_shards)
+        for name, mesh in self.mesh.rollouts.items():
+            _multiple("engine slots a cohort", self.engine.slots_per_cohort, name, mesh.row_shards)
+            _multiple("engine.prompt_rows", prompts, name, mesh.row_shards)
+        if self.mesh.multiplex and (self.rollout.async_ratio <= 0 or self.rollout.hosts):
+            raise ValueError(
+                "mesh.multiplex: expected rollout.async_ratio > 0 (rollouts go on while training has its devices) and "
+                f"rollout.hosts = 0, found {self.rollout.async_ratio:g} and {self.rollout.hosts}"
+            )
         shards = self.mesh.train.context * self.mesh.train.tensor
         _multiple("rl.row_length", self.rl.row_length, "mesh.train context × tensor", shards)
         if self.rl.max_chunks < self.environment.max_chunks:

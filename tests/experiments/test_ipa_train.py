@@ -64,10 +64,10 @@ class Run:
     def output(self):
         return self.log.read_text(errors="replace")
 
-    def wait(self):
+    def wait(self, seconds=_DEADLINE):
         """(exit code, what it printed)."""
         try:
-            return self.process.wait(_DEADLINE), self.output
+            return self.process.wait(seconds), self.output
         finally:
             self.kill()
 
@@ -390,6 +390,38 @@ def test_a_run_on_ray_hosts_goes_on_when_one_is_killed_and_leaves_nothing_behind
     assert ipa[-1]["rollout/lost_hosts"] == 1
     assert all(record["buffer/staleness_max"] <= 2 for record in ipa)
     assert sum(record["compile/programs"] for record in ipa) == 0
+
+
+def test_multiplexing_lends_devices_to_training_at_every_step(environment, tmp_path):
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=280"
+    arguments = [
+        "--config.mesh.multiplex=true",
+        "--config.mesh.rollout.data=8",
+        "--config.mesh.train.data=2",
+        "--config.mesh.train.fsdp=2",
+        "--config.rollout.async_ratio=1",
+        "--config.engine.slots=16",
+        "--config.engine.prompt_rows=8",
+        "--config.rl.micro_rows=4",
+        "--config.cpt.steps=1",
+        "--config.sft.steps=8",
+        "--config.demonstrations.count=8",
+        "--config.checkpoint.every=3",
+    ]
+    run = Run(tmp_path / "run", {**environment, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, *arguments)
+    code, output = run.wait(280)
+    assert code == 0, output
+    assert "{4, 5, 6, 7} of them while {0, 1, 2, 3} train" in " ".join(output.split())
+    ipa = [r for r in records(tmp_path / "run", keep_measured=True) if r["stage"] == "ipa"]
+    assert [record["step"] for record in ipa] == [1, 2, 3, 4]
+    for record in ipa:
+        assert record["time/shrink"] > 0
+        assert record["time/expand"] > 0
+        assert record["devices/training"] == record["devices/rolling_out_meanwhile"] == 4
+        assert record["buffer/staleness_max"] <= 1
+        assert record["compile/programs"] == 0
+        assert record["train/grad_norm"] > 0
+    assert set(json.loads((tmp_path / "run" / "result.json").read_text())) == {"warm_start", "final"}
 
 
 def test_mixture_of_experts_held_out_families_and_evaluations_on_the_way(environment, tmp_path):

@@ -115,7 +115,7 @@ def decode(config: MeshConfig) -> dict[int, Any]:
     if mesh is not None:
         params = jax.device_put(params, param_shardings(param_specs(model), mesh))
     settings = EngineConfig(slots=4, cohorts=1, max_length=24, extend_buckets=(8,), max_chunk_tokens=6, temperature=0)
-    engine = DecodeEngine(params, model, settings, frozenset({1}), 0, mesh=mesh)
+    engine = DecodeEngine(params, model, settings, frozenset({1}), 0, meshes=(mesh,))
     for slot in range(4):
         engine.insert(slot, seed=slot)
     rng = np.random.default_rng(0)

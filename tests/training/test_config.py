@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 from ml_collections import ConfigDict
 
+from rome.models.sharding import MeshConfig
 from rome.training.config import (
     ConfigError,
     check_resumed,
@@ -256,3 +257,46 @@ def test_router_replay_is_set_in_two_places():
         config.rl.router_replay = config.engine.record_experts = True
     settings = load_settings(config)
     assert settings.rl.router_replay and settings.engine.record_experts
+
+
+EIGHT = {"data": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mesh": {"rollout": EIGHT, "train": EIGHT}},
+            r"mesh: multiplex: expected train to have fewer .* \(8\), found 8",
+        ),
+        (
+            {"mesh": {"rollout": {"data": 2, "tensor": 4}, "train": {"data": 2}}},
+            r"mesh: multiplex: expected the devices that train leaves to be a multiple of 4 .* found 8 - 2 = 6",
+        ),
+        ({"rollout": {"async_ratio": 0.0}}, r"mesh\.multiplex: expected rollout\.async_ratio > 0 .* found 0 and 0"),
+        ({"rollout": {"hosts": 2}}, r"mesh\.multiplex: expected .*rollout\.hosts = 0, found 1 and 2"),
+        (
+            {"mesh": {"train": {"data": 2}}},
+            r"engine slots a cohort: expected a multiple of 6 \(the ways in which mesh\.rollout without mesh\.train",
+        ),
+        ({"engine": {"prompt_rows": 4}}, r"engine\.prompt_rows: expected a multiple of 8 .*mesh\.rollout splits"),
+    ],
+)
+def test_multiplexing_needs_devices_to_lend_and_rollouts_that_go_on(changes, message):
+    config = multiplexed()
+    assert load_settings(config).mesh.narrow == MeshConfig(data=4)
+    with config.unlocked():
+        for section, values in changes.items():
+            config[section].update(values)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(config)
+
+
+def multiplexed():
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "rome_tiny.py"))["get_config"]()
+    assert load_settings(config).mesh.multiplex is False
+    with config.unlocked():
+        config.mesh.update(multiplex=True, rollout=EIGHT, train={"data": 4})
+        config.rollout.async_ratio = 1.0
+        config.engine.prompt_rows = 8
+    return config
