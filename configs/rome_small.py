@@ -22,10 +22,10 @@ def get_config() -> ConfigDict:
     )
     config.tasks.horizons = tuple(range(2, 13))
     config.environment.max_chunks = 16
-    config.demonstrations.flawed_fraction = 0.3
+    config.demonstrations.update(count=6000, flawed_fraction=0.3)
     config.cpt.steps = 60
     config.sft.update(steps=2600, rows=8, row_length=384)
-    config.rl.update(steps=240, groups=24, row_length=384, max_chunks=48)
+    config.rl.update(steps=200, groups=24, row_length=384, max_chunks=48)
     config.rl.optimizer.learning_rate = 1e-3
     # Most groups of the hardest cells fail from the initial state: some start within a demonstration instead.
     config.resampling.update(fraction=0.34, start="random")
