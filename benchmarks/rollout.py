@@ -111,7 +111,7 @@ class Probe(RolloutRunner):
 
 
 class Training:
-    """A policy, its trainer and its rollouts. What it learns changes its episodes; at a `learning_rate` of 0, nothing."""
+    """A policy, its trainer and its rollouts. Learning changes the episodes; a `learning_rate` of 0 keeps them."""
 
     def __init__(
         self,
