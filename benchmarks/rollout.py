@@ -111,7 +111,7 @@ class Probe(RolloutRunner):
 
 
 class Training:
-    """A policy, its trainer and its rollouts. At a `learning_rate` of 0 its episodes stay as they are."""
+    """A policy, its trainer and its rollouts. Learning changes the episodes; a `learning_rate` of 0 keeps them."""
 
     def __init__(
         self,

@@ -171,6 +171,7 @@ def test_turn_times_are_found_again():
     fitted = TurnTime.fit(turns)
     for steps, rows, passes in ((1, 8, 0), (10, 96, 3), (5, 32, 1)):
         assert fitted(steps, rows, passes) == pytest.approx(truth(steps, rows, passes), rel=0.05)
+        assert truth.times(3)(steps, rows, passes) == pytest.approx(3 * truth(steps, rows, passes))
 
 
 @pytest.mark.parametrize(
