@@ -21,7 +21,7 @@ from pathlib import Path
 from rock_env import errors
 from rock_env.admin import archive
 from rock_env.audit import read_audit_log, verify_audit_log
-from rock_env.backend import Backend, get_backend
+from rock_env.backend import DEFAULT_BACKEND, Backend, get_backend
 from rock_env.errors import RockError, SandboxDead, SandboxNotFound, SpecError
 from rock_env.model_proxy.settings import ModelProxy
 from rock_env.network import NetworkPolicy
@@ -181,7 +181,7 @@ class Worker:
             raise SpecError("spec: expected one, as no snapshot is given")
         limits = replace(full.limits, lifetime_seconds=lifetime_seconds)
         full = replace(full, limits=limits)
-        entry = Entry(id, replace(full, files={}), idle_seconds, get_backend(full.backend))
+        entry = Entry(id, replace(full, files={}), idle_seconds, get_backend(full.backend or DEFAULT_BACKEND))
         with self._lock:
             known = self._entries.setdefault(id, entry)
         if known is not entry:

@@ -1,6 +1,8 @@
 """The admin's hub, over REST and by `rock hub`: tenants, digests, immutability, and what must not get in."""
 
 import io
+import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -218,7 +220,9 @@ def test_the_command(admin, tasks, tmp_path, monkeypatch):
         assert rock("run", "hub://answer@1", "--", "cat", "hint.txt") == "the answer is 42\n"
         greet = ("--", "sh", "-c", "echo $GREETING; exit 3")
         assert rock("run", "-e", "GREETING=hi", f"hub://{pinned}", *greet, code=3) == "hi\n"
-        assert rock("shell", "--image", "hub://answer@1", stdin="./run.sh\nexit\n") == "ran\n"
+        shell = [sys.executable, "-m", "rock_env.cli", "shell", "--image", "hub://answer@1"]
+        done = subprocess.run(shell, input="./run.sh\nexit\n", capture_output=True, text=True, env=rock.env, timeout=90)
+        assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
         assert "no hub entry answer@2" in rock("run", "hub://answer@2", "--", "true", code=125)
         assert "expected one after" in rock("run", "hub://answer@1", code=125)
         assert rock("hub", "delete", "answer@1") == f"{owner}/answer@1\n"
