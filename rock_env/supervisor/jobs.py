@@ -126,7 +126,7 @@ class Job:
         self._ended = 0.0
         self._since = process.ticks_now()
         self._acknowledged = 0
-        self._readers, self._read_at = 0, 0.0
+        self._readers, self._read_at = 0, time.monotonic()  # who starts it counts as a reader at first
         self._paused: Timer | None = None
         self._timer: Timer | None = None
         self._changed = Event(box.loop)
