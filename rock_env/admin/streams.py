@@ -55,25 +55,6 @@ class SignalBody(schema.Body):
     signal: Annotated[int, Field(ge=1, le=64)]
 
 
-class JobOut(BaseModel):
-    """See rock_env.JobStatus."""
-
-    id: str
-    command: str
-    state: str
-    exit_code: int | None
-    signal: int | None
-    timed_out: bool
-    oom_killed: bool
-    terminal: bool
-    keeps_busy: bool
-    started_at: float
-    seconds: float
-    output_bytes: int
-    dropped_bytes: int
-    stdin_bytes: int
-
-
 class PieceOut(BaseModel):
     """Bytes of a stream (base64) from number `seq` on; or "dropped", with their number alone."""
 
@@ -86,7 +67,7 @@ class PieceOut(BaseModel):
 class OutputOut(BaseModel):
     pieces: list[PieceOut]
     next: int
-    status: JobOut
+    status: jobs.JobStatus
 
 
 class AnswerBody(schema.Body):
@@ -117,7 +98,7 @@ def caller(control: ControlPlane) -> Call:
 def job_routes(router: APIRouter, control: ControlPlane) -> None:
     call = caller(control)
 
-    @router.post("/sandboxes/{id}/jobs", status_code=201, response_model=JobOut)
+    @router.post("/sandboxes/{id}/jobs", status_code=201, response_model=jobs.JobStatus)
     async def start(id: SandboxId, body: JobBody, who: Who) -> Response:
         """Start a command that runs by itself until it ends, its timeout, or the sandbox's end."""
         arguments = {
@@ -132,11 +113,11 @@ def job_routes(router: APIRouter, control: ControlPlane) -> None:
         }
         return Json((await call(who, id, "job_start", **arguments))[0], 201)
 
-    @router.get("/sandboxes/{id}/jobs", response_model=list[JobOut])
+    @router.get("/sandboxes/{id}/jobs", response_model=list[jobs.JobStatus])
     async def list_jobs(id: SandboxId, who: Who) -> Response:
         return Json((await call(who, id, "job_list"))[0]["jobs"])
 
-    @router.get("/sandboxes/{id}/jobs/{job}", response_model=JobOut)
+    @router.get("/sandboxes/{id}/jobs/{job}", response_model=jobs.JobStatus)
     async def status(id: SandboxId, job: JobName, who: Who, wait_seconds: Wait = 0.0) -> Response:
         """How it is doing; once it has ended, or after `wait_seconds`."""
         return Json((await call(who, id, "job_status", wait_seconds, job=job, seconds=wait_seconds))[0])

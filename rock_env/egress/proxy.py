@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from rock_env.egress import protocol
 from rock_env.egress.protocol import BadRequest, Request
 from rock_env.network import NetworkPolicy, is_numeric, normalize_host
-from rock_env.supervisor import linux, seccomp
+from rock_env.supervisor import unprivileged
+from rock_env.supervisor.unprivileged import TokenBucket
 
 _HEAD_SECONDS, _RESOLVE_SECONDS, _CONNECT_SECONDS, _IDLE_SECONDS = 15.0, 10.0, 10.0, 300.0
 _LINGER_SECONDS = 1.0
@@ -77,7 +77,7 @@ class Gate:
         self.opening: asyncio.Task | None = None
         self._server: asyncio.Server | None = None
         self._live: dict[asyncio.Task, tuple[str, int, str] | None] = {}
-        self._tokens, self._refilled = float(_BURST), time.monotonic()
+        self._turns = TokenBucket(_BURST, _PER_SECOND, pause=0.05)
 
     async def listen(self, listener: socket.socket) -> None:
         self._server = await asyncio.start_server(self._accepted, sock=listener, limit=protocol.MAX_HEAD_BYTES)
@@ -102,7 +102,7 @@ class Gate:
             return
         self._live[task] = None
         try:
-            await self._wait_for_turn()
+            await self._turns.take()
             await self._serve(reader, writer)
             writer.close()  # after what is still to be written
             await asyncio.wait_for(writer.wait_closed(), _IDLE_SECONDS)
@@ -111,16 +111,6 @@ class Gate:
         finally:
             del self._live[task]
             writer.transport.abort()
-
-    async def _wait_for_turn(self) -> None:
-        while True:
-            now = time.monotonic()
-            self._tokens = min(_BURST, self._tokens + (now - self._refilled) * _PER_SECOND)
-            self._refilled = now
-            if self._tokens >= 1:
-                self._tokens -= 1
-                return
-            await asyncio.sleep(0.05)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request: read it, decide, record, carry it out."""
@@ -341,17 +331,6 @@ class Proxy:
 def main(control_fd: int, uid: int) -> None:
     """Entry point; runs as `uid` (0: who it is already) without privileges, once everything is loaded."""
     "a".encode("idna")
-    last_capability = linux.last_capability()
-    linux.set_name("rock-egress")
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
-    with asyncio.Runner() as runner:
-        runner.get_loop()
-        linux.empty_bounding_set(last_capability)
-        if uid:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-        linux.die_with_parent()
-        linux.drop_privileges(seccomp.build(linux.MACHINE), False, None)
-        runner.run(Proxy(control).run())
+    unprivileged.run("rock-egress", uid, lambda: Proxy(control).run())

@@ -17,6 +17,7 @@ from rock_env.model_proxy.queue import Answer, Queue
 from rock_env.model_proxy.shapes import CHAT, TEXT, ApiError, Request, check_openai, chunks_of, compact, parse
 from rock_env.model_proxy.tape import Recorder, Replay
 from rock_env.model_proxy.upstream import Upstream
+from rock_env.supervisor.unprivileged import TokenBucket
 
 MESSAGES, MODELS = "/v1/messages", "/v1/models"
 _POSTS = (CHAT, TEXT, MESSAGES)
@@ -62,7 +63,7 @@ class Endpoint:
         self._settings, self._recorder, self._report = settings, recorder, report
         self._server: asyncio.Server | None = None
         self._live: set[asyncio.Task] = set()
-        self._tokens, self._refilled = float(_BURST), time.monotonic()
+        self._turns = TokenBucket(_BURST, _PER_SECOND, pause=0.02)
         self._held = 0  # bytes of bodies whose requests are not answered yet
         self._names = 0
         self._prefix = secrets.token_hex(4)  # names are not used again when this process is replaced
@@ -107,7 +108,7 @@ class Endpoint:
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_SECONDS)
             incoming, size = _parse(head[:-4])
-            await self._take_token()
+            await self._turns.take()
             with self._holding(size):
                 if incoming.headers.get("expect", "").lower() == "100-continue":
                     writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -145,16 +146,6 @@ class Endpoint:
             yield
         finally:
             self._held -= size
-
-    async def _take_token(self) -> None:
-        while True:
-            now = time.monotonic()
-            self._tokens = min(_BURST, self._tokens + (now - self._refilled) * _PER_SECOND)
-            self._refilled = now
-            if self._tokens >= 1:
-                self._tokens -= 1
-                return
-            await asyncio.sleep(0.02)
 
     async def _report_event(self, event: str, **fields: object) -> None:
         await self._report({"event": event, "sandbox": self.sandbox, **fields})

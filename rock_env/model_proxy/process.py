@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import os
 import socket
 
 from rock_env import wire
@@ -17,7 +16,7 @@ from rock_env.model_proxy.endpoint import Endpoint, make_source
 from rock_env.model_proxy.queue import LeaseLost, Queue
 from rock_env.model_proxy.shapes import ApiError, compact, parse
 from rock_env.model_proxy.tape import Recorder
-from rock_env.supervisor import linux, seccomp
+from rock_env.supervisor import unprivileged
 
 _MOST_FDS = 3
 _LOADED_LATE = ("encodings.idna", "stringprep", "concurrent.futures.thread", "email.parser", "http.client")
@@ -136,19 +135,8 @@ def main(descriptors_fd: int, channel_fd: int, uid: int) -> None:
     """Entry point; runs as `uid` (0: who it is already) without privileges, once everything is loaded."""
     for name in _LOADED_LATE:  # what the standard library would only look for when it may no longer read itself
         importlib.import_module(name)
-    last_capability = linux.last_capability()
-    linux.set_name("rock-model")
     descriptors, channel = socket.socket(fileno=descriptors_fd), socket.socket(fileno=channel_fd)
     for each in (descriptors, channel):
         each.set_inheritable(False)
     channel.setblocking(False)
-    with asyncio.Runner() as runner:
-        runner.get_loop()
-        linux.empty_bounding_set(last_capability)
-        if uid:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-        linux.die_with_parent()
-        linux.drop_privileges(seccomp.build(linux.MACHINE), False, None)
-        runner.run(Process(descriptors).run(channel))
+    unprivileged.run("rock-model", uid, lambda: Process(descriptors).run(channel))

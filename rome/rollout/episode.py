@@ -84,6 +84,11 @@ class GroupRequest:
             raise ValueError(f"group {self.group_id}: prefix: expected task {self.task.task.id}, found {found}")
 
 
+def sampling_key(name: str) -> int:
+    """The 64-bit key that whatever has this name is sampled with."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 class Answer(NamedTuple):
     """What the environment made of one chunk. `tokens` is None when the episode ended."""
 
@@ -130,8 +135,7 @@ class Episode:
     @property
     def key(self) -> int:
         """The 64-bit sampling key: a function of the request's seed and this trajectory's id alone."""
-        digest = hashlib.blake2b(f"{self.request.seed}/{self.id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
+        return sampling_key(f"{self.request.seed}/{self.id}")
 
     # -- in a worker thread ------------------------------------------------------------------------------------------
 

@@ -257,7 +257,7 @@ class HostPool:
     def __init__(self, make_runner: MakeRunner, params: Any, version: int, config: HostConfig) -> None:
         import ray
 
-        self._ray, self.config, self._make_runner = ray, config, make_runner
+        self.ray, self.config, self._make_runner = ray, config, make_runner
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(ray, config)
@@ -291,7 +291,7 @@ class HostPool:
 
     def publish(self, params: Any, version: int) -> None:
         """Sends new weights to every host, without waiting for them."""
-        weights = self._ray.put((_on_host(params), version))
+        weights = self.ray.put((_on_host(params), version))
         with self._lock:
             self._weights, self.version = weights, version
             for seat in self.seats:
@@ -316,27 +316,27 @@ class HostPool:
         with self._lock:
             if not seat.updates:
                 return
-            done, seat.updates = self._ray.wait(seat.updates, num_returns=len(seat.updates), timeout=0)
-        self._ray.get(done)
+            done, seat.updates = self.ray.wait(seat.updates, num_returns=len(seat.updates), timeout=0)
+        self.ray.get(done)
 
     def close(self, seconds: float = 20.0) -> None:
         """Closes every environment and ends the hosts. Idempotent."""
         seats, self.seats = self.seats, []
         closing = [seat.actor.close.remote(seconds) for seat in seats if not seat.booting]
         if closing:
-            self._ray.wait(closing, num_returns=len(closing), timeout=seconds)
+            self.ray.wait(closing, num_returns=len(closing), timeout=seconds)
         for seat in seats:
             self._kill(seat.actor)
-        if self._owns_ray and self._ray.is_initialized():
-            self._ray.shutdown()
+        if self._owns_ray and self.ray.is_initialized():
+            self.ray.shutdown()
 
     def _seat(self) -> _Seat:
         options = {"num_cpus": self.config.cpus, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
-        actor = self._ray.remote(**options)(RolloutHostActor).remote(self._make_runner, self._weights)
+        actor = self.ray.remote(**options)(RolloutHostActor).remote(self._make_runner, self._weights)
         return _Seat(actor, self.config.boot_seconds)
 
     def _kill(self, actor: Any) -> None:
-        self._ray.kill(actor, no_restart=True)
+        self.ray.kill(actor, no_restart=True)
 
 
 class RolloutHostActor(RolloutHost):
@@ -388,7 +388,7 @@ class HostedRollouts(RolloutThread):
 
     def _listen(self, timeout: float) -> None:
         """Takes in what hosts have to say; replaces those that are dead or silent."""
-        ray, pool = self._pool._ray, self._pool
+        ray, pool = self._pool.ray, self._pool
         asked = {seat.pending: seat for seat in pool.seats}
         answered, _ = ray.wait(list(asked), num_returns=1, timeout=timeout)
         for seat in list(pool.seats):
@@ -423,7 +423,7 @@ class HostedRollouts(RolloutThread):
 
     def _reset_hosts(self, seconds: float = 30.0) -> None:
         """Has every host abandon its work; one that does not is replaced."""
-        ray, pool = self._pool._ray, self._pool
+        ray, pool = self._pool.ray, self._pool
         resets = {seat.actor.reset.remote(seconds): seat for seat in pool.seats if not seat.booting}
         if not resets:
             return

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import threading
@@ -29,7 +28,7 @@ from rome.envs import EnvFailure
 from rome.envs.sandboxes import infrastructure
 from rome.models import Message, Renderer
 from rome.rollout.engine import Finish, Sampled
-from rome.rollout.episode import GroupRequest
+from rome.rollout.episode import GroupRequest, sampling_key
 from rome.rollout.ledger import LedgerError
 from rome.rollout.service import RomeChat, Scheduler, ServiceError
 from rome.rollout.service.answers import ChatShape, Choice
@@ -171,8 +170,7 @@ class NativeRollouts:
 
     def _draw(self, turn: Turn, limit: int, key: str) -> Choice:
         """One answer, by the engine that everybody shares."""
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        sampling = Sampling(int.from_bytes(digest, "little"), limit, self.config.temperature)
+        sampling = Sampling(sampling_key(key), limit, self.config.temperature)
         choice, done, failure = Choice(0, turn.tokens.tolist()), threading.Event(), []
 
         def deliver(item: Part | ServiceError) -> None:

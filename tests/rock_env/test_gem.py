@@ -107,7 +107,8 @@ def test_tests_stay_hidden_until_the_agent_is_gone(hub):
     spy = "while :; do cat /tests/* >> /app/leak$$ 2>/dev/null; done"
     env.step(f"(trap '' TERM HUP; {spy}) > /dev/null 2>&1 &")
     env.step(f"setsid nohup sh -c '{spy}' > /dev/null 2>&1 &")
-    assert env.step("ls /app/leak*").info["exit_code"] == 0  # the spies are at work
+    both = "for i in $(seq 500); do set -- /app/leak*; [ $# = 2 ] && exit; sleep 0.02; done; exit 1"
+    assert env.step(f"({both})").info["exit_code"] == 0  # the spies are at work
     assert env.step(gem.STOP).reward == 1.0
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_devices import run_on_fake_devices
 from rollout_toys import toy_engine
 
 from rome.rollout import EngineError
@@ -22,16 +19,8 @@ SPLITS = ["data", "data × tensor", "expert"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("multiplexed") / "found.pickle"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=250",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
-    }
-    command = [sys.executable, str(HERE / "multiplexed_run.py"), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return pickle.loads(path.read_bytes())
+    flags = "--xla_cpu_collective_call_terminate_timeout_seconds=250"
+    return run_on_fake_devices(HERE / "multiplexed_run.py", tmp_path_factory.mktemp("multiplexed"), flags)
 
 
 @pytest.mark.slow

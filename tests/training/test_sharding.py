@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from fake_devices import run_on_fake_devices
 from training_toys import DENSE, MOE, distance
 
 from rome.models import param_specs
@@ -27,16 +24,7 @@ SPLIT = ["fsdp × expert × context", "data × tensor"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("sharded") / "found.pickle"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
-    }
-    command = [sys.executable, str(HERE / "sharded_run.py"), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return pickle.loads(path.read_bytes())
+    return run_on_fake_devices(HERE / "sharded_run.py", tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.slow
