@@ -228,12 +228,12 @@ class BackgroundRollouts(RolloutThread):
             self._idle.set()
             self._run.wait()
         runner, admission = self._runner, self._admission
-        # before admitting: a group finished by the last turn is neither in flight nor in the buffer
-        admission.deliver(runner.take_finished())
         while (group := admission.next(runner.in_flight)) is not None:
             runner.admit(group, runner.config.redundancy)
-        if not free_run(runner):
-            admission.deliver(runner.take_finished())
+        progressed = free_run(runner)
+        # at once: a finished group is neither in flight nor in the buffer, and this may be the last round
+        admission.deliver(runner.take_finished())
+        if not progressed:
             if admission.hopeless and not runner.in_flight:
                 return False  # not even a batch is left: nothing could become of it
             time.sleep(0.005)  # the buffer is full: the trainer's turn

@@ -209,7 +209,6 @@ class RolloutHost:
                 self._runner.admit(group, self._runner.config.redundancy)
                 continue
             self._runner.reset()
-            self._runner.take_finished()
             with self._changed:
                 self._outbox, self._epoch = [], self._epoch + 1
                 self._changed.notify_all()

@@ -181,10 +181,10 @@ class RolloutRunner:
                     self.turn(cohort, temperature)
                 if not any(self._slots):
                     self.settle_any(timeout=1.0)  # nothing left but to score
+            complete = {group.request.group_id: group for group in self.take_finished()}
         finally:
             self.rewards = rewards
             self.reset()
-        complete = {group.request.group_id: group for group in self.take_finished()}
         return [complete[name].samples for name in ids if name in complete]
 
     # -- the moves ---------------------------------------------------------------------------------------------------
@@ -289,7 +289,8 @@ class RolloutRunner:
         return [group.request for group in self._groups.values()]
 
     def reset(self) -> None:
-        """Abandons everything in flight and closes every environment. Never blocks longer than the close deadline."""
+        """Abandons everything in flight, or finished and not taken, and closes every environment. Never blocks longer
+        than the close deadline."""
         for episode in self._slots:
             if episode is not None:
                 self._release(episode)
@@ -297,6 +298,7 @@ class RolloutRunner:
         self._scoring.clear()
         self._queue.clear()
         self._groups.clear()
+        self._finished.clear()
         self._reap(wait=True)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from rollout_toys import Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
+from waiting import wait_until
 
 from rome.rollout import (
     BackgroundRollouts,
@@ -38,13 +39,6 @@ def make(journal=None, ratio=1.0, batch=2, requests=None, **config):
     return BackgroundRollouts(runner, buffer, requests or endless()), buffer, runner, journal
 
 
-def eventually(condition):
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "never happened"
-        time.sleep(0.005)
-
-
 def test_a_trainer_is_fed_fresh_groups_while_weights_change():
     rollouts, buffer, runner, journal = make(Journal(jitter=0.003), ratio=1.0, batch=2)
     seen, versions = [], set()
@@ -67,20 +61,20 @@ def test_a_trainer_is_fed_fresh_groups_while_weights_change():
 def test_back_pressure_stops_at_the_capacity_and_goes_on():
     rollouts, buffer, runner, journal = make(ratio=0.5, batch=4)
     with runner, rollouts:
-        eventually(lambda: len(buffer) == buffer.capacity == 6)
+        wait_until(lambda: len(buffer) == buffer.capacity == 6)
         opened = journal.opened
         time.sleep(0.1)
         assert journal.opened == opened == 6 * 2
         assert runner.in_flight == 0
         buffer.get_batch(4, 0)
-        eventually(lambda: len(buffer) == 6)
+        wait_until(lambda: len(buffer) == 6)
         assert journal.opened == 10 * 2
 
 
 def test_a_stale_group_is_sampled_again_from_the_same_state_under_new_keys():
     rollouts, buffer, runner, _ = make(ratio=1.0, batch=1, requests=toy_requests(groups=2, size=2))
     with runner, rollouts:
-        eventually(lambda: len(buffer) == 2)
+        wait_until(lambda: len(buffer) == 2)
         stale = {t.id: t for g in buffer.state_dict()["groups"] for t in map(_restored, g)}
         runner.engine.update_params(toy_params(1), 5)
         batch = [g for _ in range(2) for g in buffer.get_batch(1, 5, timeout=WAIT)]
@@ -103,7 +97,7 @@ def test_a_restored_buffer_can_have_its_groups_sampled_again():
     requests = toy_requests(groups=1, size=2)
     rollouts, buffer, runner, _ = make(ratio=1.0, batch=1, requests=list(requests))
     with runner, rollouts:
-        eventually(lambda: len(buffer) == 1)
+        wait_until(lambda: len(buffer) == 1)
     state = buffer.state_dict()
     _, resumed, runner, _ = make(ratio=1.0, batch=1)
     resumed.load_state_dict(state)
@@ -138,19 +132,45 @@ def test_pause_stops_decoding_and_resume_goes_on():
         assert runner.engine.stats.turns > turns
 
 
-def test_stop_returns_what_was_not_finished_and_closes_everything():
-    release = threading.Event()
-    rollouts, buffer, runner, journal = make(Journal(step_fault=lambda env: release.wait(20)))
+def test_a_group_that_is_finished_as_rollouts_stop_is_delivered_once(monkeypatch):
+    """What stops them is a checkpoint: what is neither unfinished nor in the buffer would be sampled again."""
+    requests = toy_requests(groups=6, size=2)
+    rollouts, buffer, runner, _ = make(ratio=2.0, requests=requests)
+    record = runner._record
+
+    def stop_when_complete(group, *arguments):
+        record(group, *arguments)
+        if group.complete:
+            rollouts._stop.set()
+
+    monkeypatch.setattr(runner, "_record", stop_when_complete)
     with runner:
         rollouts.start()
-        eventually(lambda: journal.calls["step"] >= 2)
+        wait_until(lambda: not rollouts._thread.is_alive())
+        missing = rollouts.stop()
+        held = buffer.group_ids()
+        assert held
+        assert not {request.group_id for request in missing} & set(held)
+        rest = [request for request in requests if request.group_id not in held]
+        with BackgroundRollouts(runner, buffer, rest):
+            groups = [group for _ in range(3) for group in buffer.get_batch(2, 0, timeout=WAIT)]
+    assert sorted(group[0].group_id for group in groups) == [f"g{i}" for i in range(6)]
+    assert len(buffer) == 0
+
+
+def test_stop_returns_what_was_not_finished_and_closes_everything():
+    release = threading.Event()
+    rollouts, buffer, runner, journal = make(Journal(step_fault=lambda env: release.wait(60)))
+    with runner:
+        rollouts.start()
+        wait_until(lambda: journal.calls["step"] >= 2)
         started = time.monotonic()
         unfinished = rollouts.stop(WAIT)
-        assert time.monotonic() - started < 15  # without waiting for the environments
+        assert time.monotonic() - started < 50  # without waiting for the environments
         assert [request.group_id for request in unfinished] == [f"g{i}" for i in range(buffer.capacity)]
         assert rollouts.stop() == unfinished
         release.set()
-    eventually(lambda: journal.opened == journal.closed)
+    wait_until(lambda: journal.opened == journal.closed)
 
 
 def test_a_failure_reaches_the_trainer_and_stop():
@@ -165,7 +185,7 @@ def test_a_failure_reaches_the_trainer_and_stop():
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         with pytest.raises(ZeroDivisionError, match="a bug in the environment"):
             rollouts.stop()
-    eventually(lambda: journal.opened == journal.closed)
+    wait_until(lambda: journal.opened == journal.closed)
 
 
 def test_a_slow_environment_does_not_hold_the_others_up():
@@ -173,7 +193,7 @@ def test_a_slow_environment_does_not_hold_the_others_up():
 
     def fault(env):
         if env.history.startswith("t0/"):
-            release.wait(20)
+            release.wait(60)
 
     rollouts, buffer, runner, _ = make(Journal(step_fault=fault), ratio=3.0, batch=2)
     with runner, rollouts:
@@ -189,7 +209,7 @@ def test_gather_seconds_waits_for_company():
             Journal(jitter=0.01), ratio=2.0, batch=2, requests=requests, gather_seconds=seconds
         )
         with runner, rollouts:
-            eventually(lambda: len(buffer) == 6)
+            wait_until(lambda: len(buffer) == 6)
         return runner.engine.stats.turns
 
     assert turns(1.0) < turns(0.0)
@@ -224,7 +244,7 @@ def test_a_straggler_is_cancelled_once_its_group_has_enough():
         assert set(numbers) < {0, 1, 2}
     assert runner.stats.cancelled >= 4
     assert not runner.stats.dropped_groups
-    eventually(lambda: journal.opened == journal.closed)
+    wait_until(lambda: journal.opened == journal.closed)
 
 
 def test_a_spare_sample_stands_in_for_one_that_is_lost_for_good():
@@ -250,7 +270,7 @@ def test_the_spare_samples_of_a_second_round_have_keys_of_their_own():
     requests = toy_requests(groups=2, size=2)
     rollouts, buffer, runner, _ = make(ratio=1.0, batch=1, requests=requests, redundancy=2)
     with runner, rollouts:
-        eventually(lambda: len(buffer) == 2)
+        wait_until(lambda: len(buffer) == 2)
         runner.engine.update_params(toy_params(1), 5)
         groups = [g for _ in range(2) for g in buffer.get_batch(1, 5, timeout=WAIT)]
     assert all(t.id.endswith("+1") for group in groups for t in group)
