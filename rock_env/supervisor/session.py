@@ -75,7 +75,7 @@ class Session:
         self._changed = Event(box.loop)
         self._status: int | None = None
         self._cwd: str | None = None
-        self._sent = 0
+        self._sent = self._size = 0
         self._proxy_env: dict[str, str] = {}  # what the shell knows of
         self._is_ended = False
 
@@ -228,7 +228,7 @@ class Session:
         data = command.encode("utf-8", "surrogateescape") + b"\0"
         fd = self._fds["command"]
         os.set_blocking(fd, False)
-        self._sent = 0
+        self._sent, self._size = 0, len(data)
         try:
             self._sent = os.write(fd, data)
         except BlockingIOError:
@@ -263,7 +263,7 @@ class Session:
         self._loop.add_writer(fd, more)
 
     async def _run(self, command: str, deadline: float, output_bytes: int) -> dict | None:
-        """The result; None when the shell had been killed before it read the command (it is closed then)."""
+        """The result; None when the shell had been killed before it read all of the command (it is closed then)."""
         started = time.monotonic()
         since = process.ticks_now()
         box = self._box
@@ -284,9 +284,10 @@ class Session:
         drain.close()
         if self._exit_status is not None:
             code, number = process.exit_of(self._exit_status)
-            untouched = finished and self._unread() >= self._sent
+            # bash reads byte by byte up to the final NUL; one that dies of a signal may still have taken a byte.
+            incomplete = finished and (self._sent < self._size or self._unread() > 0)
             self.close()
-            if untouched:
+            if incomplete:
                 await box.settle()
                 return None
             if number == signal.SIGKILL and finished:
