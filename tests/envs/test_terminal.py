@@ -174,11 +174,11 @@ def test_long_output_is_cut_and_marked() -> None:
 
 
 def test_a_command_past_its_deadline_is_killed_and_the_shell_goes_on() -> None:
-    env = TerminalEnv(command_seconds=0.3)
+    env = TerminalEnv(command_seconds=2.0)
     env.reset(options={"task": ALWAYS_ZERO})
     start = time.monotonic()
     observation, *_, info = env.step(call("echo before; sleep 60"))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40
     assert observation.startswith("before\n") and observation.endswith("[exit 124]")
     assert info["timed_out"] and info["error"]
     assert env.step(call("cat a.txt"))[0] == "a"
@@ -350,7 +350,7 @@ def test_a_verifier_past_its_deadline_is_a_failure(env: TerminalEnv) -> None:
     with pytest.raises(EnvFailure, match=r"more than 0\.5 s") as caught:
         env.step("done")
     assert caught.value.status is Status.VERIFIER_FAILURE
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
 
 
 @pytest.mark.parametrize("when", ["command", "verification", "snapshot"])

@@ -86,12 +86,12 @@ class Run:
         self.process.send_signal(number)
         self.process.send_signal(signal.SIGCONT)
         if number == signal.SIGKILL:
-            self.process.wait(20)
+            self.process.wait(60)
 
     def kill(self):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(20)
+            self.process.wait(60)
 
     def stages(self):
         lines = self.metrics.read_bytes().split(b"\n")[:-1] if self.metrics.exists() else []
@@ -269,7 +269,7 @@ class Footprint:
         places += Path("/proc/self/mountinfo").read_text().splitlines()
         return left + [place for place in places if any(mark in place for mark in self._marks)]
 
-    def assert_gone(self, seconds=15.0):
+    def assert_gone(self, seconds=60.0):
         deadline = time.monotonic() + seconds
         while (left := self.what_is_left()) and time.monotonic() < deadline:
             time.sleep(0.05)

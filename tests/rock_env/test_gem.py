@@ -258,7 +258,7 @@ def test_agents_act_at_the_same_time(hub, sandboxes):
 
     thread = threading.Thread(target=wait)
     thread.start()
-    began.wait(10)
+    began.wait(60)
     assert env.step("touch go; echo gone", "b").observation == "gone"
     if sandboxes == "shared":
         thread.join(60)

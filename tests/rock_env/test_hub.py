@@ -371,7 +371,7 @@ def test_a_push_killed_before_it_is_published_leaves_nothing(store, task):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
     assert [e.reference for e in store.list()] == ["local/other@1"]
     assert len(list((store.folder / "tmp").iterdir())) == 1
@@ -388,7 +388,7 @@ def test_kills_at_any_moment_leave_the_hub_whole(store, tmp_path):
         process = pusher(store, folder, *references)
         time.sleep(rng.uniform(0.0, 0.15))
         process.kill()
-        said = process.communicate(timeout=10)[0].split()
+        said = process.communicate(timeout=60)[0].split()
         for reference, digest in zip(references, said, strict=False):  # what was said to be published is
             assert store.fetch(reference)[0].digest == digest
         for entry in store.list():

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from waiting import wait_until
 
 from rock_env import Sandbox, SandboxDead, SandboxSpec, SpecError
 
@@ -107,8 +108,8 @@ def test_timeout_returns_partial_output_and_keeps_the_session(fresh, command):
     session = fresh.session()
     session.run("cd /tmp; export A=kept; b=kept; f() { echo fun; }")
     start = time.monotonic()
-    result = session.run(command, timeout=0.5)
-    assert time.monotonic() - start < 3
+    result = session.run(command, timeout=2)
+    assert time.monotonic() - start < 30
     assert (result.exit_code, result.timed_out, result.signal) == (124, True, None)
     assert result.output.startswith("partial\n")
     assert "never" not in result.output
@@ -136,7 +137,7 @@ def test_background_jobs_do_not_block(fresh):
         start = time.monotonic()
         result = run("sleep 30 & echo started")
         assert (result.exit_code, result.output) == (0, "started\n")
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 25
 
 
 def test_background_exit_codes_are_true(box):
@@ -144,7 +145,7 @@ def test_background_exit_codes_are_true(box):
 
 
 def test_execute_timeout_kills_the_group(fresh):
-    result = fresh.execute("echo partial; sleep 50 & sleep 50", timeout=0.4)
+    result = fresh.execute("echo partial; sleep 50 & sleep 50", timeout=2)
     assert (result.exit_code, result.timed_out, result.output) == (124, True, "partial\n")
     assert "sleep" not in fresh.execute("cat /proc/[0-9]*/comm").output
 
@@ -180,7 +181,7 @@ def test_output_is_capped_while_draining(box):
 
 
 def test_endless_output_ends_at_the_timeout(fresh):
-    result = fresh.session().run("yes", timeout=0.5)
+    result = fresh.session().run("yes", timeout=2)
     assert (result.exit_code, result.timed_out, result.truncated) == (124, True, True)
     assert fresh.session().run("echo ok").output.endswith("ok\n")
 
@@ -190,9 +191,9 @@ def test_concurrent_sessions_do_not_wait_for_each_other(fresh):
 
     start = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda i: fresh.session(f"s{i}").run(f"sleep 0.5; echo {i}"), range(8)))
+        results = list(pool.map(lambda i: fresh.session(f"s{i}").run(f"sleep 4; echo {i}"), range(8)))
     assert [r.output for r in results] == [f"{i}\n" for i in range(8)]
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 25
 
 
 def test_environment_is_minimal_and_constant(monkeypatch):
@@ -236,8 +237,9 @@ def test_killing_everything_inside_does_not_kill_the_sandbox(fresh):
 
 
 def test_orphans_are_reaped(fresh):
-    fresh.execute("for i in $(seq 20); do (sleep 0.05 &) ; done; sleep 0.4")
-    assert fresh.execute("cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true").output == "0\n"
+    fresh.execute("for i in $(seq 20); do (sleep 0.05 &) ; done")
+    zombies = "cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true"
+    wait_until(lambda: fresh.execute(zombies).output == "0\n")
 
 
 def test_kill_all_ends_every_process_and_keeps_the_files(fresh):
@@ -246,8 +248,7 @@ def test_kill_all_ends_every_process_and_keeps_the_files(fresh):
     fresh.session("other").run("trap '' TERM HUP INT; setsid nohup sleep 100 >/dev/null 2>&1 &")
     fresh.execute("(while :; do (sleep 0.01 &) ; done) >/dev/null 2>&1 &")  # never the same processes twice
     fresh.execute("f() { while :; do f & sleep 0.02; wait; done; }; (f >/dev/null 2>&1 &)")
-    time.sleep(0.1)
-    assert fresh.stats().pids > 5
+    wait_until(lambda: fresh.stats().pids > 5)
     fresh.kill_all()
     idle = fresh.stats().pids
     assert idle <= 2  # the sandbox's own
@@ -267,8 +268,8 @@ def test_kill_all_ends_a_command_that_another_thread_waits_for(fresh):
     results = []
     thread = threading.Thread(target=lambda: results.append(fresh.session().run("sleep 50; echo no")))
     thread.start()
-    time.sleep(0.3)
+    wait_until(lambda: "sleep" in fresh.execute("cat /proc/[0-9]*/comm").output)
     fresh.kill_all()
-    thread.join(10)
+    thread.join(30)
     assert not thread.is_alive()
     assert (results[0].exit_code, results[0].signal, results[0].output) == (137, 9, "")

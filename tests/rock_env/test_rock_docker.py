@@ -129,7 +129,7 @@ def test_a_sparse_file_does_not_make_a_snapshot_endless(box):
     start = time.monotonic()
     with pytest.raises(LimitExceeded, match="holes"):
         box.snapshot()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert box.execute("rm sparse; echo on").output == "on\n"
 
 
@@ -149,7 +149,7 @@ def test_programs_that_take_every_process_and_all_the_cpu_are_still_ended(docker
         with sandbox.snapshot() as snapshot:
             assert snapshot.id
         sandbox.kill_all()
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 90
         assert session.run("pwd; echo [$kept]").output == "/tmp\n[1]\n"
     records = read_audit_log(docker.audit_log)
     limits_hit = {r["limit"] for r in records if r.get("sandbox") == sandbox.id.partition(":")[2] and "limit" in r}
@@ -333,7 +333,7 @@ def _boot(tag, requests):
             while (frame := reader.next()) is not None:
                 frames.append(frame[0])
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     return frames
 
 
@@ -390,7 +390,7 @@ def test_nothing_of_an_ended_sandbox_stays_open(docker):
             _api(docker).kill(sandbox.id.partition(":")[0])
             assert _gone(docker, sandbox.id.partition(":")[0])
         sandbox.stop()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (_open_sockets(docker) > before or threading.active_count() > threads) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert _open_sockets(docker) == before
@@ -514,12 +514,12 @@ def test_a_daemon_that_dies_takes_its_sandboxes_along(monkeypatch):
         os.kill(daemon.pid, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(RockError):
-            backend.execute(id, ["sleep", "30"], 30, None, {}, 1000)
-        assert time.monotonic() - start < 10
+            backend.execute(id, ["sleep", "60"], 60, None, {}, 1000)
+        assert time.monotonic() - start < 40
         assert not backend.is_alive(id)
         with pytest.raises(BackendUnavailable):
             backend.create(SandboxSpec(backend="docker"))
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while _processes_of(user) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not _processes_of(user)
@@ -541,7 +541,7 @@ def test_a_daemon_of_killed_tests_ends(docker_daemon):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{daemon}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{daemon}").exists()

@@ -8,7 +8,7 @@ import pytest
 from rock_env import Limits, Sandbox, SandboxSpec
 
 
-def _python(sandbox, code, timeout=10):
+def _python(sandbox, code, timeout=60):
     return sandbox.execute(["/usr/bin/python3", "-c", code], timeout=timeout)
 
 

@@ -34,8 +34,8 @@ def test_memory_bomb_is_killed_and_the_sandbox_lives():
 
 def test_memory_counts_all_processes_together():
     with _start(memory_bytes=64 * MIB) as sandbox:
-        one = "python3 -c 'import time; x = bytearray(40 << 20); time.sleep(3)'"
-        assert sandbox.execute(f"{one} & {one} & wait", timeout=8).oom_killed
+        one = "python3 -c 'import time; x = bytearray(40 << 20); time.sleep(20)'"
+        assert sandbox.execute(f"{one} & {one} & wait", timeout=60).oom_killed
 
 
 def test_shell_that_eats_the_memory_itself():
@@ -59,9 +59,9 @@ def test_fork_bomb_is_bounded_and_ends_with_its_command():
         session = sandbox.session()
         start = time.monotonic()
         result = session.run("bomb() { bomb | bomb & bomb; }; bomb 2>/dev/null", timeout=1)
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 30
         assert result.timed_out or result.exit_code != 0
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while sandbox.stats().pids > 8 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert sandbox.stats().pids <= 32
@@ -70,8 +70,8 @@ def test_fork_bomb_is_bounded_and_ends_with_its_command():
 
 def test_pids_limit_is_what_the_spec_says():
     with _start(pids=20) as sandbox:
-        script = "for i in $(seq 40); do sleep 5 & done; ls /proc | grep -c '^[0-9]'"
-        result = sandbox.execute(["bash", "-c", script], timeout=5)
+        script = "for i in $(seq 40); do sleep 50 & done; ls /proc | grep -c '^[0-9]'"
+        result = sandbox.execute(["bash", "-c", script], timeout=40)
         assert "fork" in result.output or "Resource temporarily unavailable" in result.output
         assert sandbox.stats().pids <= 20
 
@@ -96,33 +96,34 @@ def test_disk_limit_has_no_way_around():
         result = sandbox.execute("head -c 100000000 /dev/zero > /dev/shm/f; stat -c %s /dev/shm/f")
         assert int(result.output.split()[-1]) <= 16 * MIB
         many = "for i in $(seq 20000); do : > /app/$i || break; done 2>/dev/null; ls /app | wc -l"
-        assert int(sandbox.execute(many, timeout=20).output) < 5000
+        assert int(sandbox.execute(many, timeout=60).output) < 5000
 
 
 def test_cpu_limit():
     if not doctor()["cpus"]["ok"]:
         pytest.skip("no cpu controller")
     with _start(cpus=0.2) as sandbox:
-        before = sandbox.stats().cpu_seconds
-        sandbox.execute("for i in 1 2; do while :; do :; done & done; sleep 1.5; kill %1 %2", timeout=5)
-        assert sandbox.stats().cpu_seconds - before < 0.2 * 1.5 + 0.35
+        before, start = sandbox.stats().cpu_seconds, time.monotonic()
+        sandbox.execute("for i in 1 2; do while :; do :; done & done; sleep 1.5; kill %1 %2", timeout=60)
+        used = sandbox.stats().cpu_seconds - before
+        assert used < 0.2 * (time.monotonic() - start) + 0.35
 
 
 def test_lifetime():
-    with _start(lifetime_seconds=0.5) as sandbox:
+    with _start(lifetime_seconds=3.0) as sandbox:
         assert sandbox.is_alive
         start = time.monotonic()
         with pytest.raises(SandboxDead, match="lifetime_seconds"):
-            sandbox.execute("sleep 30")
-        assert time.monotonic() - start < 3
+            sandbox.execute("sleep 60")
+        assert time.monotonic() - start < 30
         assert not sandbox.is_alive
 
 
 def test_default_command_timeout_comes_from_the_spec():
     with _start(command_seconds=0.3) as sandbox:
-        assert sandbox.execute("sleep 5").timed_out
-        assert sandbox.session().run("sleep 5").timed_out
-        assert not sandbox.session().run("sleep 0.5", timeout=5).timed_out
+        assert sandbox.execute("sleep 60").timed_out
+        assert sandbox.session().run("sleep 60").timed_out
+        assert not sandbox.session().run("sleep 0.5", timeout=60).timed_out
 
 
 def test_output_limit_comes_from_the_spec():
@@ -143,7 +144,7 @@ def test_stats_follow_use():
         assert after.disk_bytes - before.disk_bytes >= 2_900_000
         assert after.cpu_seconds > before.cpu_seconds
         assert after.memory_peak_bytes >= 3_000_000
-        sandbox.session().run("sleep 5 &")
+        sandbox.session().run("sleep 60 &")
         assert sandbox.stats().pids > after.pids
 
 

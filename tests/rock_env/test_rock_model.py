@@ -24,6 +24,7 @@ from model_harness import (
     take,
     text_of,
 )
+from waiting import wait_until
 
 from rock_env import (
     BackendUnavailable,
@@ -431,8 +432,9 @@ def test_push_in_both_shapes(server):
 def test_push_hangs_up_when_the_agent_does(server):
     with start(mode="push", url=server.url) as box:
         server.hung_up.clear()
+        before = len(server.seen)
         job = ask(box, chat("forever", stream=True))
-        time.sleep(1)
+        wait_until(lambda: len(server.seen) > before)
         job.kill()
         assert server.hung_up.wait(SECONDS)
 

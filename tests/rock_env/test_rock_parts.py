@@ -135,7 +135,7 @@ def test_version_2_freezer_on_a_real_hierarchy(tmp_path):
         assert not group.remove()
     finally:
         assert cgroups.remove_tree(f"{points[0]}/{supervisor}", kill=True)
-        process.wait(5)
+        process.wait(60)
 
 
 def _run_filter(program, number, architecture, arguments=(0, 0)):

@@ -192,11 +192,11 @@ def test_waiters_are_served_time_out_or_learn_of_the_failure():
         buffer.get_batch(1, 0, timeout=0.05)
     assert 0.04 < time.monotonic() - started < 5
     threading.Timer(0.05, buffer.put_group, [group("a", 0)]).start()
-    assert buffer.get_batch(1, 0, timeout=10)[0][0].group_id == "a"
+    assert buffer.get_batch(1, 0, timeout=60)[0][0].group_id == "a"
     cause = RuntimeError("the producer died")
     threading.Timer(0.05, buffer.close, [cause]).start()
     with pytest.raises(BufferClosed) as caught:
-        buffer.get_batch(1, 0, timeout=10)
+        buffer.get_batch(1, 0, timeout=60)
     assert caught.value.__cause__ is cause
 
 
@@ -206,5 +206,5 @@ def test_a_full_buffer_makes_the_producer_wait():
     with pytest.raises(BufferTimeout, match="room for a group"):
         buffer.put_group(group("b", 0), timeout=0.02)
     threading.Timer(0.05, buffer.get_batch, [1, 0]).start()
-    buffer.put_group(group("b", 0), timeout=10)
+    buffer.put_group(group("b", 0), timeout=60)
     assert buffer.group_ids() == ["b"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rollout_toys import Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
+from waiting import wait_until
 
 from rome.rollout import Deadlines, GroupRequest, RolloutConfig, RolloutRunner, SampleBuffer
 from rome.rollout.buffer import BufferClosed
@@ -127,13 +128,6 @@ def versions(pool):
     return [report.version for report in ray.get([seat.actor.take.remote(0.0) for seat in pool.seats], timeout=WAIT)]
 
 
-def eventually(condition):
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "never happened"
-        time.sleep(0.05)
-
-
 def test_hosts_feed_the_trainer_under_weights_that_change_and_close_their_environments(pool):
     pool, folder = pool
     buffer = buffer_at(pool, 1.0)
@@ -146,7 +140,7 @@ def test_hosts_feed_the_trainer_under_weights_that_change_and_close_their_enviro
     assert len(stamps) > 2
     assert opened_by <= {str(pid) for pid in pids(pool)}
     assert {request.group_id for request in unfinished}.isdisjoint(g[0].group_id for g in groups)
-    eventually(lambda: not list(folder.glob("env-*")))
+    wait_until(lambda: not list(folder.glob("env-*")))
     stats = pool.stats
     assert stats.decoded_tokens >= sum(len(c.tokens) for group in groups for t in group for c in t.chunks)
     assert 0 < stats.swap_seconds < WAIT
@@ -170,10 +164,10 @@ def test_a_killed_host_loses_nothing_but_its_unfinished_work(pool):
     before = pool.stats
     with HostedRollouts(pool, buffer, endless()) as rollouts:
         groups = consume(buffer, 2)
-        eventually(lambda: pool.seats[0].held)
+        wait_until(lambda: pool.seats[0].held)
         os.kill(victim, signal.SIGKILL)
         groups += consume(buffer, 8)
-        eventually(lambda: pool.stats.lost_hosts > before.lost_hosts and not any(seat.booting for seat in pool.seats))
+        wait_until(lambda: pool.stats.lost_hosts > before.lost_hosts and not any(seat.booting for seat in pool.seats))
         groups += consume(buffer, 3)
         rollouts.stop()
     assert victim not in pids(pool)
@@ -190,7 +184,7 @@ def test_a_hung_host_is_replaced(cluster, tmp_path):
         with HostedRollouts(pool, buffer, endless()) as rollouts:
             consume(buffer, 1)
             (tmp_path / "hang").touch()
-            eventually(lambda: pool.stats.lost_hosts == 1)
+            wait_until(lambda: pool.stats.lost_hosts == 1)
             consume(buffer, 6)
             rollouts.stop()
 
@@ -200,11 +194,11 @@ def test_a_host_that_got_new_weights_before_it_booted_ends_up_with_them(pool):
     buffer, lost, last = buffer_at(pool, 30.0), pool.stats.lost_hosts, pool.version + 2
     os.kill(pids(pool)[1], signal.SIGKILL)
     with HostedRollouts(pool, buffer, endless()):
-        eventually(lambda: pool.stats.lost_hosts > lost)
+        wait_until(lambda: pool.stats.lost_hosts > lost)
         pool.publish(toy_params(1), last - 1)
         pool.publish(toy_params(0), last)
-        eventually(lambda: not any(seat.booting for seat in pool.seats))
-        eventually(lambda: versions(pool) == [last, last])
+        wait_until(lambda: not any(seat.booting for seat in pool.seats))
+        wait_until(lambda: versions(pool) == [last, last])
     time.sleep(0.5)
     assert versions(pool) == [last, last]
 

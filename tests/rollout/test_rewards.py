@@ -59,7 +59,7 @@ def judge(answer):
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(60)
 
 
 def make_runner(stage, journal=None, engine=None, **config):

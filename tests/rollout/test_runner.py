@@ -224,21 +224,21 @@ def test_a_hung_environment_meets_its_deadline_and_is_closed(stage):
     def fault(env):
         if not hung:
             hung.append(env)
-            release.wait(30)
+            release.wait(120)
 
     journal = Journal(**{f"{stage}_fault": fault})
-    deadlines = Deadlines(**{"reset": 20, "step": 20, "close": 20, stage: 0.3} | {"verify": 0.3})
+    deadlines = Deadlines(**{"reset": 60, "step": 60, "close": 60, "verify": 2.0} | {stage: 2.0})
     runner, _ = make_runner(journal, deadlines=deadlines)
     runner.engine.warmup()
     started = time.monotonic()
     with runner:
         groups = runner.run(toy_requests(groups=2, size=3))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 100
         assert len(flat(groups)) == 6
         assert runner.stats.failures == {f"timeout/{stage}": 1}
         assert runner.stats.hung_calls == 1
     release.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while journal.opened != journal.closed and time.monotonic() < deadline:
         time.sleep(0.01)
     assert journal.opened == journal.closed  # the late one too
@@ -246,12 +246,12 @@ def test_a_hung_environment_meets_its_deadline_and_is_closed(stage):
 
 def test_a_close_that_hangs_is_counted_and_does_not_hang_the_run():
     release = threading.Event()
-    journal = Journal(close_fault=lambda env: release.wait(30))
+    journal = Journal(close_fault=lambda env: release.wait(120))
     started = time.monotonic()
     groups, runner = roll(
-        toy_requests(groups=1, size=2), journal, deadlines=Deadlines(reset=20, step=20, verify=20, close=0.2)
+        toy_requests(groups=1, size=2), journal, deadlines=Deadlines(reset=60, step=60, verify=60, close=0.2)
     )
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100
     assert len(flat(groups)) == 2
     assert runner.stats.failures == {"DeadlineExceeded/close": 2}
     release.set()

@@ -177,7 +177,10 @@ def test_in_a_terminal_prints_and_logs_stand_above_the_display(monkeypatch):
     try:
         with Progress("tiny", console=Console(file=terminal, force_terminal=True, width=100)) as progress:
             drive(progress, 4)
-            time.sleep(0.4)  # until the display has been drawn
+            deadline = time.monotonic() + 30
+            while "4/4" not in terminal.getvalue():  # until the display has been drawn
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
             print("printed line")
             logger.warning("logged line")
             time.sleep(0.3)
@@ -200,7 +203,7 @@ def test_resumed_stage_keeps_the_pace_of_its_own_steps():
     assert progress.eta_seconds() is None
     time.sleep(0.05)
     progress.update(910)
-    assert 0.3 < progress.eta_seconds() < 5.0
+    assert 0.3 < progress.eta_seconds() < 90.0
 
 
 def test_small_formats():

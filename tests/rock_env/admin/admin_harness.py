@@ -76,7 +76,7 @@ class AdminProcess:
 
     def kill(self):
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def stop(self):
         for client in self._clients:
@@ -87,18 +87,9 @@ class AdminProcess:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait(10)
+                self.process.wait(60)
         for lock in self.directory.glob("workers/*/lock"):  # of a test that failed half-way
             with contextlib.suppress(OSError, ValueError):
                 pid = int(lock.read_text())
                 if b"worker_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
-
-
-def wait_until(condition, seconds=20.0):
-    """Wait for a condition, and return its value."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
-    return value

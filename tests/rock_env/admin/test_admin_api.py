@@ -12,7 +12,7 @@ import time
 
 import httpx
 import pytest
-from admin_harness import wait_until
+from waiting import wait_until
 
 from rock_env import (
     FileEntry,
@@ -46,7 +46,7 @@ def test_commands_are_as_in_a_local_sandbox(box):
     assert (result.exit_code, result.output) == (3, "out\nerr\n")
     assert box.execute(["cat", "hello.txt"]).output == "hello\n"
     assert box.execute("./run.sh; echo $A; pwd", cwd="/app", env={"A": "a b"}).output == "ran\na b\n/app\n"
-    slow = box.execute("echo begun; sleep 30", timeout=0.3)
+    slow = box.execute("echo begun; sleep 60", timeout=2)
     assert (slow.timed_out, slow.exit_code, slow.output) == (True, 124, "begun\n")
 
 
@@ -174,16 +174,16 @@ def test_async_start_shows_its_phases(user):
 
 
 def test_idle_sandboxes_end_but_not_those_in_which_something_runs(user):
-    idle = user.start(idle_seconds=1.0)
+    idle = user.start(idle_seconds=2.0)
     idle.session().run("true")  # its idle shell does not count
-    busy = user.start(idle_seconds=1.0)
+    busy = user.start(idle_seconds=2.0)
     busy.session().run("sleep 300 &")
-    waiting = user.start(idle_seconds=1.0)
-    slow = threading.Thread(target=lambda: waiting.execute("sleep 4", timeout=10))
+    waiting = user.start(idle_seconds=2.0)
+    slow = threading.Thread(target=lambda: waiting.execute("sleep 6", timeout=60))
     slow.start()
     wait_until(lambda: not idle.is_alive)
     row = user.get(f"/v1/sandboxes/{idle.id}")
-    assert (row["state"], row["reason"]) == ("stopped", "it was idle for 1 s")
+    assert (row["state"], row["reason"]) == ("stopped", "it was idle for 2 s")
     slow.join()
     assert busy.is_alive
     assert waiting.is_alive
@@ -192,12 +192,12 @@ def test_idle_sandboxes_end_but_not_those_in_which_something_runs(user):
 
 
 def test_the_deadline_is_absolute(user):
-    box = user.start(SandboxSpec(limits=Limits(lifetime_seconds=1.5)))
     started = time.monotonic()
+    box = user.start(SandboxSpec(limits=Limits(lifetime_seconds=3.0)))
     with pytest.raises(SandboxDead):
-        while time.monotonic() - started < 20:
+        while time.monotonic() - started < 60:
             box.execute("sleep 0.1")
-    assert 1.0 < time.monotonic() - started < 10
+    assert 3.0 < time.monotonic() - started < 40
     wait_until(lambda: user.get(f"/v1/sandboxes/{box.id}")["state"] == "stopped")
     assert "lifetime" in user.get(f"/v1/sandboxes/{box.id}")["reason"]
 
@@ -273,9 +273,9 @@ def test_images_by_name(start_admin, tmp_path):
 def test_long_polls_end_at_their_time(admin, user):
     started = time.monotonic()
     with admin.http(user.token) as http:
-        assert http.get(f"/v1/sandboxes/{'0' * 16}", params={"wait_seconds": 5}).status_code == 404
+        assert http.get(f"/v1/sandboxes/{'0' * 16}", params={"wait_seconds": 30}).status_code == 404
         assert http.get("/v1/sandboxes/not-an-id").status_code == 422
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 25
 
 
 def test_errors_have_one_form(admin, user):
@@ -289,7 +289,7 @@ def test_errors_have_one_form(admin, user):
             assert 400 <= response.status_code < 500
             assert set(response.json()["error"]) == {"code", "message", "errno"}
             assert "hush" not in response.text
-    with socket.create_connection((httpx.URL(admin.url).host, httpx.URL(admin.url).port), timeout=10) as raw:
+    with socket.create_connection((httpx.URL(admin.url).host, httpx.URL(admin.url).port), timeout=60) as raw:
         raw.sendall(
             f"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {user.token}\r\n"
             f"Content-Length: {1 << 40}\r\n\r\n".encode()

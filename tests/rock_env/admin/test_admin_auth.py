@@ -155,10 +155,10 @@ def test_a_token_is_for_one_sandbox_and_for_what_it_says(admin, alice, box):
 
 
 def test_expired_and_revoked_credentials_are_refused_at_once(admin, alice, box):
-    short = alice.post(f"/v1/sandboxes/{box.id}/tokens", {"seconds": 0.5})
+    short = alice.post(f"/v1/sandboxes/{box.id}/tokens", {"seconds": 3.0})
     client = admin.client(short["token"])
     assert client.sandbox(box.id).is_alive
-    time.sleep(0.6)
+    time.sleep(3.1)
     with pytest.raises(Unauthorized, match=r"expired|unknown"):
         client.sandbox(box.id)
     long = alice.post(f"/v1/sandboxes/{box.id}/tokens", {"seconds": 10**6})
@@ -281,7 +281,7 @@ def test_tls(start_admin, tmp_path):
         Sandbox.connect(httpx_url, admin.key, spec=SMALL)
     context = ssl.create_default_context(cafile=certificate)
     context.maximum_version = ssl.TLSVersion.TLSv1_1
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as raw, pytest.raises(ssl.SSLError):
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as raw, pytest.raises(ssl.SSLError):
         context.wrap_socket(raw, server_hostname="127.0.0.1")
     admin.stop()
 

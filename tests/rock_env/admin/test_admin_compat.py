@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from admin_harness import wait_until
 from hub_tasks import write_task
+from waiting import wait_until
 
 from rock_env import gem
 from rock_env.admin.compat_schema import parse_form, size_of, size_text
@@ -148,12 +148,12 @@ def test_execute_keeps_the_streams_apart(peer, box):
 
 def test_a_timeout_is_not_a_success(peer, box):
     """Where the peer says Success, with the exit code -1 and nothing of the output."""
-    result = peer.ok("execute", sandbox_id=box, command="echo begun; sleep 60", timeout=1)
+    result = peer.ok("execute", sandbox_id=box, command="echo begun; sleep 60", timeout=3)
     assert (result["exit_code"], result["timed_out"], result["stdout"]) == (124, True, "begun\n")
     code, reason = peer.failed("execute", sandbox_id=box, command="yes | head -c 30000000", timeout=60)
     assert (code, "8388608 bytes" in reason) == (4000, True)
     peer.ok("create_session", sandbox_id=box, session="slow")
-    slow = {"sandbox_id": box, "session": "slow", "command": "echo begun; sleep 60", "timeout": 1}
+    slow = {"sandbox_id": box, "session": "slow", "command": "echo begun; sleep 60", "timeout": 3}
     code, reason = peer.failed("run_in_session", **slow, check="raise")
     assert (code, "timed out" in reason, "begun" in reason) == (6000, True, True)
     result = peer.ok("run_in_session", **slow, check="silent")

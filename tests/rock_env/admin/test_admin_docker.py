@@ -5,7 +5,7 @@ import signal
 
 import docker
 import pytest
-from admin_harness import wait_until
+from waiting import wait_until
 
 from rock_env import BackendUnavailable, SandboxDead, SandboxSpec
 

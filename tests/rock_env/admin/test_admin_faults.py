@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from admin_harness import wait_until
+from waiting import wait_until
 
 from rock_env import BackendUnavailable, RockError, SandboxDead, SandboxSpec
 from rock_env.admin.link import read_secret
@@ -125,7 +125,7 @@ def test_sandboxes_that_nobody_has_on_record_are_ended(admin):
         arguments = {"entries": [], "snapshot": None, "idle_seconds": 100.0, "lifetime_seconds": 100.0}
         await link.call("start", 30, id="f" * 16, spec=spec_to_wire(SandboxSpec()), **arguments)
         await link.call("snapshot", 30, id="f" * 16, snapshot="e" * 16)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             listed, _ = await link.call("list", 10)
             if not listed["sandboxes"] and not listed["snapshots"]:
@@ -227,7 +227,7 @@ def test_an_orderly_stop_leaves_nothing(start_admin):
 def test_an_abandoned_worker_ends_when_its_sandboxes_have(start_admin):
     admin = start_admin(orphan_seconds=1.0)
     user = admin.new_tenant("abandoned")
-    user.start(idle_seconds=1.0).execute("true")
+    user.start(idle_seconds=3.0).execute("true")
     processes = descendants(admin.worker_pid())
     admin.kill()
     wait_until(lambda: is_gone(processes), 30)
@@ -257,7 +257,7 @@ def test_a_worker_started_elsewhere_joins(start_admin, tmp_path):
         assert stranger.client().get("/v1/workers")[0]["is_up"] is False
         lost = user.start()
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(20) == 0
+        assert worker.wait(60) == 0
         wait_until(lambda: user.get(f"/v1/sandboxes/{lost.id}")["state"] == "lost")
         for each in (admin, stranger):
             each.stop()

@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from admin_harness import wait_until
 from hub_tasks import write_environment, write_task
+from waiting import wait_until
 
 from rock_env import Forbidden, QuotaExceeded, RockError, SandboxDead, SpecError, gem
 from rock_env.errors import EntryNotFound, EnvNotFound, ResetNeeded, VerifierFailed
@@ -302,8 +302,8 @@ def test_a_close_ends_a_step_that_is_under_way(user, make):
 
 def test_a_forgotten_environment_is_closed(user, make):
     """Also one in which something still runs; one that is used is not."""
-    used = make("answer@1", client=user, idle_seconds=3)
-    forgotten = make("answer@1", client=user, idle_seconds=1)
+    used = make("answer@1", client=user, idle_seconds=10)
+    forgotten = make("answer@1", client=user, idle_seconds=4)
     empty = make("answer@1", client=user, idle_seconds=1)
     used.reset()
     forgotten.reset()
@@ -345,7 +345,7 @@ def test_environments_end_with_their_admin(start_admin, tasks):
     admin = start_admin()
     user = admin.new_tenant("ender")
     RemoteHub(user).push(tasks / "answer", "answer@1")
-    env = gem.make("answer@1", client=user, idle_seconds=2)
+    env = gem.make("answer@1", client=user, idle_seconds=5)
     env.reset()
     admin.kill()
     admin.start()

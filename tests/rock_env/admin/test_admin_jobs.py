@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from admin_harness import wait_until
+from waiting import wait_until
 
 from rock_env import Dropped, Forbidden, SandboxDead, SpecError
 from rock_env.remote import Client
@@ -142,13 +142,13 @@ def test_bad_requests(user, box, body):
 
 
 def test_a_running_job_keeps_an_idle_sandbox_and_a_waiting_shell_does_not(user):
-    busy = user.start(idle_seconds=1.0)
-    waiting = user.start(idle_seconds=1.0)
+    busy = user.start(idle_seconds=3.0)
+    waiting = user.start(idle_seconds=3.0)
     busy.start_job(["sleep", "100"])
     waiting.start_job(["bash", "--norc", "-i"], terminal=(24, 80))
     state = lambda box: user.get(f"/v1/sandboxes/{box.id}")["state"]  # noqa: E731
     wait_until(lambda: state(waiting) == "stopped", SECONDS)
-    time.sleep(2)
+    time.sleep(4)
     assert state(busy) == "running"
     busy.stop()
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from rock_env import SandboxDead, SandboxNotFound
 
@@ -80,8 +81,8 @@ def test_a_timeout_returns_partial_output_and_keeps_the_session(box, command):
     session = box.session("timeouts")
     session.run("cd /tmp; export A=kept; f() { echo fun; }")
     start = time.monotonic()
-    result = session.run(command, timeout=0.7)
-    assert time.monotonic() - start < 5
+    result = session.run(command, timeout=2)
+    assert time.monotonic() - start < 40
     assert (result.exit_code, result.timed_out, result.signal) == (124, True, None)
     assert result.output.startswith("partial\n")
     assert "never" not in result.output
@@ -90,7 +91,7 @@ def test_a_timeout_returns_partial_output_and_keeps_the_session(box, command):
 
 
 def test_a_timeout_of_a_single_process_kills_its_group(box):
-    result = box.execute("echo partial; sleep 62.5 & sleep 62.5", timeout=0.5)
+    result = box.execute("echo partial; sleep 62.5 & sleep 62.5", timeout=2)
     assert (result.exit_code, result.timed_out, result.output) == (124, True, "partial\n")
     assert "62.5" not in box.execute(["bash", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]).output
 
@@ -100,7 +101,7 @@ def test_background_jobs_do_not_block_and_are_spared_by_a_later_timeout(box):
     start = time.monotonic()
     result = session.run("sleep 63.5 & echo started; sleep 0.1")
     assert (result.exit_code, result.output) == (0, "started\n")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40
     assert session.run("sleep 60", timeout=0.3).timed_out
     assert "63.5" in box.execute("cat /proc/[0-9]*/cmdline | tr '\\0' ' '").output
 
@@ -141,7 +142,7 @@ def test_output_is_capped_while_draining(box):
     assert len(result.output) < box.spec.limits.output_bytes + 100
     assert result.output.startswith("xxx")
     assert result.output.endswith("xxxEND\n")
-    endless = box.session("flood").run("yes", timeout=0.5)
+    endless = box.session("flood").run("yes", timeout=2)
     assert (endless.exit_code, endless.timed_out, endless.truncated) == (124, True, True)
     assert box.session("flood").run("echo ok").output.endswith("ok\n")
 
@@ -149,9 +150,9 @@ def test_output_is_capped_while_draining(box):
 def test_sessions_do_not_wait_for_each_other(box):
     start = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda i: box.session(f"s{i}").run(f"sleep 1; echo {i}"), range(8)))
+        results = list(pool.map(lambda i: box.session(f"s{i}").run(f"sleep 4; echo {i}"), range(8)))
     assert [r.output for r in results] == [f"{i}\n" for i in range(8)]
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 25
 
 
 def test_the_sandbox_outlives_what_happens_inside(fresh):
@@ -159,16 +160,17 @@ def test_the_sandbox_outlives_what_happens_inside(fresh):
     fresh.session().run("cd /tmp; mkdir /app/work; echo kept > /app/work/file")
     fresh.execute("kill -9 -1")
     assert fresh.session().run("pwd; echo here").output == "/tmp\nhere\n"
-    fresh.execute("for i in $(seq 20); do (sleep 0.05 &) ; done; sleep 0.6")
-    assert fresh.execute("cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true").output == "0\n"
+    fresh.execute("for i in $(seq 20); do (sleep 0.05 &) ; done")
+    zombies = "cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z ' || true"
+    wait_until(lambda: fresh.execute(zombies).output == "0\n")
     fresh.execute("(while :; do (sleep 0.01 &) ; done) >/dev/null 2>&1 &")  # never the same processes twice
     fresh.session("other").run("trap '' TERM HUP INT; setsid nohup sleep 100 >/dev/null 2>&1 &")
     results = []
     waiting = threading.Thread(target=lambda: results.append(fresh.session().run("sleep 50; echo no")))
     waiting.start()
-    time.sleep(0.5)
+    wait_until(lambda: "sleep\x0050" in fresh.execute("cat /proc/[0-9]*/cmdline").output)
     fresh.kill_all()
-    waiting.join(10)
+    waiting.join(30)
     assert (results[0].exit_code, results[0].signal, results[0].output) == (137, 9, "")
     assert fresh.stats().pids <= 2  # the sandbox's own
     assert fresh.read_file("work/file") == b"kept\n"
@@ -178,12 +180,12 @@ def test_the_sandbox_outlives_what_happens_inside(fresh):
 
 
 def test_a_lifetime_ends_the_sandbox(start):
-    with start(limits={"lifetime_seconds": 1.0}) as sandbox:
+    with start(limits={"lifetime_seconds": 4.0}) as sandbox:
         assert sandbox.is_alive
         begun = time.monotonic()
         with pytest.raises(SandboxDead, match="lifetime_seconds"):
-            sandbox.execute("sleep 30")
-        assert time.monotonic() - begun < 5
+            sandbox.execute("sleep 60")
+        assert time.monotonic() - begun < 40
         assert not sandbox.is_alive
 
 
@@ -203,7 +205,7 @@ def test_a_stopped_sandbox_is_gone_with_all_that_ran(backend, fresh):
 
 def _becomes(count):
     """Whether so many `sleep 98.76543` run on this machine, now or soon."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _running() != count:
         if time.monotonic() > deadline:
             return False

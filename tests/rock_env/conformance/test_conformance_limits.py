@@ -32,14 +32,14 @@ def test_memory(start):
 _SPAWN = """
 import subprocess
 try:
-    for _ in range(40): subprocess.Popen(["sleep", "5"])
+    for _ in range(40): subprocess.Popen(["sleep", "60"])
 except BlockingIOError: print("no more")
 """
 
 
 def test_pids(start):
     with start(limits={"pids": 24}) as sandbox:
-        assert sandbox.execute(["python3", "-c", _SPAWN], timeout=20).output == "no more\n"
+        assert sandbox.execute(["python3", "-c", _SPAWN], timeout=50).output == "no more\n"
         assert 16 < sandbox.stats().pids <= 24
         sandbox.kill_all()
         assert sandbox.session().run("echo ok").output == "ok\n"
@@ -59,21 +59,21 @@ def test_disk(start):
             sandbox.execute(f"rm {place}")
         assert sandbox.execute("echo ok > /app/g && cat /app/g").output == "ok\n"
         many = "for i in $(seq 20000); do : > /app/$i || break; done 2>/dev/null; ls /app | wc -l"
-        assert int(sandbox.execute(many, timeout=30).output) < 5000
+        assert int(sandbox.execute(many, timeout=90).output) < 5000
         result = sandbox.execute("head -c 100000000 /dev/zero > /dev/shm/f; stat -c %s /dev/shm/f")
         assert int(result.output.split()[-1]) <= 16 * MIB
 
 
 def test_cpus_and_stats(start):
     with start(limits={"cpus": 0.2}) as sandbox:
-        before = sandbox.stats()
-        sandbox.execute("for i in 1 2; do while :; do :; done & done; sleep 1.5; kill %1 %2", timeout=10)
+        before, start = sandbox.stats(), time.monotonic()
+        sandbox.execute("for i in 1 2; do while :; do :; done & done; sleep 1.5; kill %1 %2", timeout=60)
         after = sandbox.stats()
-        assert 0 < after.cpu_seconds - before.cpu_seconds < 0.2 * 1.5 + 0.5
+        assert 0 < after.cpu_seconds - before.cpu_seconds < 0.2 * (time.monotonic() - start) + 0.5
         sandbox.execute("head -c 3000000 /dev/zero > f")
         sandbox.kill_all()
         idle = sandbox.stats()
-        sandbox.session().run("sleep 5 &")
+        sandbox.session().run("sleep 60 &")
         last = sandbox.stats()
         assert last.disk_bytes - before.disk_bytes >= 2_900_000
         assert last.memory_peak_bytes >= 3_000_000
@@ -87,8 +87,8 @@ def test_output_and_default_timeout_come_from_the_spec(start):
         assert len(result.output) < 200
         assert result.output.startswith("1\n2\n")
         assert result.output.endswith("999\n1000\n")
-        assert sandbox.execute("sleep 5").timed_out
-        assert sandbox.session().run("sleep 5").timed_out
+        assert sandbox.execute("sleep 60").timed_out
+        assert sandbox.session().run("sleep 60").timed_out
 
 
 def test_a_network_policy_is_enforced_or_refused(backend, start, box):
@@ -130,14 +130,14 @@ def test_readonly_binds(backend, start, tmp_path):
 def test_what_happened_is_on_record(backend, start):
     """Life, limits, calls that name an address and calls that are denied; the chain is whole."""
     with start(limits={"pids": 32, "output_bytes": 1000}) as sandbox:
-        sandbox.execute("sleep 5", timeout=0.2)
+        sandbox.execute("sleep 60", timeout=0.2)
         sandbox.execute("head -c 200000 /dev/zero")
         sandbox.execute("exec 3<>/dev/tcp/127.0.0.5/9 || true")
         code = "import ctypes; print(ctypes.CDLL(None).unshare(0x10000000))"
         assert sandbox.execute(["python3", "-c", code]).output == "-1\n"
         sandbox.snapshot().delete()
     name = sandbox.id.partition(":")[2]
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     records = []
     while not any(r["event"] == "sandbox_ended" for r in records) and time.monotonic() < deadline:
         records = [r for r in read_audit_log(backend.audit_log) if r.get("sandbox") == name]
