@@ -70,9 +70,9 @@ def make_runner(folder, seconds, params, version):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Ray on this machine; its workers find the toys."""
-    here = str(Path(__file__).parent)
+    here = Path(__file__).parent
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, before]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), str(here.parent), before]))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
