@@ -113,6 +113,7 @@ def get_config() -> ConfigDict:
             "env_threads": 16,
             "max_retries": 3,
             "redundancy": 0,
+            "filter_groups": 0,
             "hosts": 0,
             "host_cpus": 1.0,
             "host_boot_seconds": 300.0,

@@ -61,6 +61,9 @@ class GroupSource:
     With `mesh.multiplex`, rollouts have left the training devices when `batch` returns, with all that is in flight, and
     are back on all devices when `publish` does.
 
+    With `rollout.filter_groups` > 0 the buffer drops groups without variance; others are sampled in their place, and
+    the sampler learns of their success all the same.
+
     With `resampling.fraction` > 0 some groups start from the prefix of an expert instead (see
     `rome.training.resampling`); `demonstrations` are the experts. What the last batch asks to imitate is in `experts`.
     """
@@ -74,7 +77,7 @@ class GroupSource:
         pool: HostPool | None = None,
     ) -> None:
         self._settings, self._runner, self._pool, self.sampler = settings, runner, pool, sampler
-        self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups)
+        self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups, settings.rollout.filter_groups)
         # experts that leave no room for a token of the policy, or fit in no row, are none
         fitting = (
             t
@@ -85,6 +88,8 @@ class GroupSource:
         self.experts: list[Expert] = []
         self._resampling_metrics: dict[str, float] = {}
         self._move_metrics: dict[str, float] = {}
+        self._filtered_rates: list[float] = []  # success of groups filtered since the last batch
+        self._filter_metrics: dict[str, float] = {}
         self._lock = threading.Lock()  # of the sampler, the resampler and what is pending: rollouts draw requests
         self._pending: dict[str, Pending] = {}
         self._retry: list[str] = []
@@ -121,16 +126,19 @@ class GroupSource:
 
     def _record(self, groups: list[list[Trajectory]]) -> None:
         """Tells the sampler, or the resampler, what became of their groups."""
+        self._record_filtered()
+        rates, self._filtered_rates = self._filtered_rates, []
         resampled, forks = [], []
         for group in groups:
             spec, start = self._pending.pop(group[0].group_id)
             if start is None:
-                self.sampler.record(spec.family, spec.horizon, sum(t.succeeded for t in group) / len(group))
-                self._resampler.observe(group)
+                rates.append(self._observe(spec, group))
             else:
                 resampled.append((start, group))
                 forks += [fork.prefix / len(start.expert.chunks) for fork in self._resampler.record(start, group)]
         self.experts = experts_to_imitate(self._settings.ipa.imitation, resampled)
+        if self.buffer.filter_groups and rates:
+            self._filter_metrics = {"rollout/success": sum(rates) / len(rates)}
         self._resampling_metrics = {}
         if resampled:
             samples = [t for _, group in resampled for t in group]
@@ -141,6 +149,18 @@ class GroupSource:
                 "resampling/imitated": float(len(self.experts)),
                 **({"resampling/crucial_position": sum(forks) / len(forks)} if forks else {}),
             }
+
+    def _record_filtered(self) -> None:
+        """Groups that the buffer filtered are finished: no batch will hold them."""
+        for group in self.buffer.take_filtered():
+            self._filtered_rates.append(self._observe(self._pending.pop(group[0].group_id).spec, group))
+
+    def _observe(self, spec: TaskSpec, group: list[Trajectory]) -> float:
+        """Takes in a group from the initial state; returns its success rate."""
+        rate = sum(t.succeeded for t in group) / len(group)
+        self.sampler.record(spec.family, spec.horizon, rate)
+        self._resampler.observe(group)
+        return rate
 
     @property
     def stats(self) -> RolloutTotals:
@@ -186,7 +206,10 @@ class GroupSource:
         return {
             "buffer/dropped_stale": float(counts.dropped_stale),
             "buffer/dropped_with_group": float(counts.dropped_with_group),
+            "buffer/filtered_solved": float(counts.filtered_solved),
+            "buffer/filtered_failed": float(counts.filtered_failed),
             **self._lost(),
+            **self._filter_metrics,
             **self._resampling_metrics,
             **self._move_metrics,
             **(self._resampler.metrics() if self._settings.resampling.fraction else {}),
@@ -210,6 +233,8 @@ class GroupSource:
             background, self._background = self._background, None
             background.stop()
             self.buffer.take_discarded()  # by now only this list of pending ones knows what is to be sampled again
+            with self._lock:
+                self._record_filtered()
             self._retry = self._unbuffered()
 
     def state_dict(self) -> tuple[dict[str, Any], bytes]:
@@ -233,6 +258,7 @@ class GroupSource:
         }
         self._lost_before = {str(name): float(count) for name, count in cursor["lost"].items()}
         self.buffer.load_state_dict(state["buffer"])
+        self._record_filtered()
         self._retry = self._unbuffered()
 
     def _unbuffered(self) -> list[str]:

@@ -108,7 +108,8 @@ class CopySettings:
 @dataclass(frozen=True)
 class RolloutSettings:
     """`async_ratio`: the staleness bound, 0 is synchronous; `hosts`: Ray actors that roll out, 0 is in this process;
-    `host_*` as in `HostConfig`; the rest as in `RolloutConfig`."""
+    `host_*` as in `HostConfig`; `filter_groups`: how many groups a step, at most, are dropped and replaced because all
+    of their samples have one reward (see `SampleBuffer`); the rest as in `RolloutConfig`."""
 
     async_ratio: float = 0.0
     allow_unmasked: bool = False
@@ -119,11 +120,12 @@ class RolloutSettings:
     env_threads: int = 16
     max_retries: int = 3
     redundancy: int = 0
+    filter_groups: int = 0
     batch_seconds: float = 600.0
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     def __post_init__(self) -> None:
-        _at_least(self, batch_seconds=0, hosts=0)
+        _at_least(self, batch_seconds=0, hosts=0, filter_groups=0)
         self.runner()
         if self.hosts:
             self.host_config()
@@ -279,6 +281,11 @@ class RunSettings:
             raise ValueError(
                 "mesh.multiplex: expected rollout.async_ratio > 0 (rollouts go on while training has its devices) and "
                 f"rollout.hosts = 0, found {self.rollout.async_ratio:g} and {self.rollout.hosts}"
+            )
+        if self.rollout.filter_groups and self.rl.group_size < 2:
+            raise ValueError(
+                "rollout.filter_groups: expected 0 with rl.group_size = 1 (a single sample never differs), "
+                f"found {self.rollout.filter_groups}"
             )
         shards = self.mesh.train.context * self.mesh.train.tensor
         _multiple("rl.row_length", self.rl.row_length, "mesh.train context × tensor", shards)
