@@ -170,7 +170,11 @@ def test_a_group_of_one_reward_is_filtered_up_to_the_limit_of_a_step():
     buffer.put_group(group("mixed", 0, 0, reward=None))
     assert buffer.group_ids() == ["mixed"]
     assert (buffer.stats.filtered_solved, buffer.stats.filtered_failed) == (2, 1)
-    assert [[t.group_id for t in g] for g in buffer.take_filtered()] == [["solved"] * 2, ["failed"] * 2, ["next step"] * 2]
+    assert [[t.group_id for t in g] for g in buffer.take_filtered()] == [
+        ["solved"] * 2,
+        ["failed"] * 2,
+        ["next step"] * 2,
+    ]
 
 
 def test_what_tells_samples_of_a_group_apart():
