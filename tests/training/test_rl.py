@@ -79,5 +79,5 @@ def test_asynchronous_rollouts_filter_too_and_keep_their_books():
 def test_single_samples_can_not_be_filtered():
     config = runpy.run_path(str(TINY))["get_config"]()
     config.rollout.filter_groups, config.rl.group_size = 1, 1
-    with pytest.raises(ConfigError, match="rollout.filter_groups: expected 0 with rl.group_size = 1"):
+    with pytest.raises(ConfigError, match=r"rollout.filter_groups: expected 0 with rl.group_size = 1"):
         load_settings(config)
