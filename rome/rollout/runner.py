@@ -17,12 +17,16 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
 
 from rome.envs import EnvFailure
 from rome.models import Renderer
 from rome.rollout.engine import DecodeEngine
 from rome.rollout.episode import ChunkEnv, Deadlines, Episode, GroupRequest
 from rome.rollout.rewards import RewardStage
+from rome.rollout.sync import AdapterMerger
 from rome.rollout.trace import Trace
 from rome.rollout.workers import DeadlineExceeded, EnvWorkers, Job
 from rome.trajectory import Status, Trajectory
@@ -118,6 +122,7 @@ class RolloutRunner:
       env_factory: makes a fresh environment; called in worker threads.
       config: threads, retries and deadlines.
       rewards: scores finished trajectories in worker threads, once their slot is free; None: as the verifier says.
+      merger: makes the engine's weights of an update that holds adapters alone; None: updates hold whole weights.
     """
 
     def __init__(
@@ -127,8 +132,10 @@ class RolloutRunner:
         env_factory: Callable[[], ChunkEnv],
         config: RolloutConfig | None = None,
         rewards: RewardStage | None = None,
+        merger: AdapterMerger | None = None,
     ) -> None:
         self.engine, self.renderer, self.env_factory = engine, renderer, env_factory
+        self._merger = merger
         self.config, self.rewards = config or RolloutConfig(), rewards
         self.stats = RolloutStats()
         self.trace: Trace | None = None  # set it to have what happens written down
@@ -186,6 +193,14 @@ class RolloutRunner:
             self.reset()
         complete = {group.request.group_id: group for group in self.take_finished()}
         return [complete[name].samples for name in ids if name in complete]
+
+    def update_weights(self, weights: Any, version: int) -> float:
+        """New weights for the next turn, from any thread: whole, or what the merger takes. Returns the seconds until
+        they were ready; turns went on meanwhile."""
+        started = time.perf_counter()
+        params = weights if self._merger is None else jax.block_until_ready(self._merger(weights))
+        self.engine.update_params(params, version)
+        return time.perf_counter() - started
 
     # -- the moves ---------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from rome.envs import TerminalEnv
 from rome.models import ChatRenderer, ModelConfig, Renderer, TemplateRenderer, Tokenizer
+from rome.models.lora import Adapted
 from rome.rollout import DecodeEngine, RewardStage, RolloutRunner
+from rome.rollout.sync import AdapterMerger
 from rome.training.config import ConfigError
 from rome.training.memory import keep_freed_memory
 from rome.training.platform import make_meshes
@@ -42,9 +44,13 @@ def make_rewards(settings: RunSettings) -> RewardStage | None:
 
 
 def make_runner(
-    settings: RunSettings, model: ModelConfig, renderer: Renderer, params: Any, version: int
+    settings: RunSettings, model: ModelConfig, renderer: Renderer, params: Any, version: int, keeps_base: bool = True
 ) -> RolloutRunner:
-    """A runner whose engine is warm."""
+    """A runner whose engine is warm. `params`: plain, or `Adapted` ones, whose base it keeps or borrows."""
+    meshes, merger = make_meshes(settings.mesh).rollout, None
+    if isinstance(params, Adapted):
+        merger = AdapterMerger(params, model, meshes[-1], keeps_base)
+        params = merger(params)
     engine = DecodeEngine(
         params,
         model,
@@ -52,11 +58,11 @@ def make_runner(
         renderer.stop_ids,
         renderer.tokenizer.pad_id,
         version=version,
-        meshes=make_meshes(settings.mesh).rollout,
+        meshes=meshes,
     )
     engine.warmup()
     environment = functools.partial(make_environment, settings)
-    return RolloutRunner(engine, renderer, environment, settings.rollout.runner(), make_rewards(settings))
+    return RolloutRunner(engine, renderer, environment, settings.rollout.runner(), make_rewards(settings), merger)
 
 
 def host_runner(settings: RunSettings, directory: str, model: ModelConfig, params: Any, version: int) -> RolloutRunner:

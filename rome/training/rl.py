@@ -22,6 +22,7 @@ from rome.rollout import (
     SampleBuffer,
     Trace,
 )
+from rome.rollout.sync import num_bytes, update_of
 from rome.training.resampling import Expert, Resampler, Start, experts_to_imitate
 from rome.training.settings import RunSettings
 from rome.trajectory import Trajectory
@@ -88,6 +89,7 @@ class GroupSource:
         self.experts: list[Expert] = []
         self._resampling_metrics: dict[str, float] = {}
         self._move_metrics: dict[str, float] = {}
+        self._sync_metrics: dict[str, float] = {}
         self._filtered_rates: list[float] = []  # success of groups filtered since the last batch
         self._filter_metrics: dict[str, float] = {}
         self._lock = threading.Lock()  # of the sampler, the resampler and what is pending: rollouts draw requests
@@ -180,10 +182,12 @@ class GroupSource:
         self._runner.trace = trace
 
     def publish(self, params: Any, version: int) -> None:
-        """New weights for whatever rolls out."""
-        self._runner.engine.update_params(params, version)
+        """New weights for whatever rolls out; of `Adapted` ones, only the adapters travel."""
+        started, update = time.monotonic(), update_of(params)
+        self._runner.update_weights(params, version)
         if self._pool is not None:
-            self._pool.publish(params, version)
+            self._pool.publish(update, version)
+        self._sync_metrics = {"time/sync": time.monotonic() - started, "sync/bytes": float(num_bytes(update))}
         self.buffer.set_version(version)
         self._move(WIDE, "time/expand")
 
@@ -212,6 +216,8 @@ class GroupSource:
             **self._filter_metrics,
             **self._resampling_metrics,
             **self._move_metrics,
+            **self._sync_metrics,
+            **({"time/sync_host": self.stats.swap_seconds} if self._pool is not None else {}),
             **(self._resampler.metrics() if self._settings.resampling.fraction else {}),
         }
 
