@@ -19,14 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
-
 from rome.envs import EnvFailure
 from rome.models import Renderer
 from rome.rollout.engine import DecodeEngine
 from rome.rollout.episode import ChunkEnv, Deadlines, Episode, GroupRequest
 from rome.rollout.rewards import RewardStage
-from rome.rollout.sync import AdapterMerger
+from rome.rollout.sync import AdapterMerger, take_weights
 from rome.rollout.trace import Trace
 from rome.rollout.workers import DeadlineExceeded, EnvWorkers, Job
 from rome.trajectory import Status, Trajectory
@@ -195,12 +193,8 @@ class RolloutRunner:
         return [complete[name].samples for name in ids if name in complete]
 
     def update_weights(self, weights: Any, version: int) -> float:
-        """New weights for the next turn, from any thread: whole, or what the merger takes. Returns the seconds until
-        they were ready; turns went on meanwhile."""
-        started = time.perf_counter()
-        params = weights if self._merger is None else jax.block_until_ready(self._merger(weights))
-        self.engine.update_params(params, version)
-        return time.perf_counter() - started
+        """New weights for the next turn, from any thread (see `take_weights`); returns the seconds that it took."""
+        return take_weights(self.engine, self._merger, weights, version)
 
     # -- the moves ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ nothing extra, and they are bit for bit those that merging before the journey gi
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
@@ -36,6 +37,15 @@ def update_of(params: Params | Adapted) -> Params | AdapterUpdate:
 def num_bytes(tree: Any) -> int:
     """Of all arrays of a pytree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def take_weights(engine: Any, merger: AdapterMerger | None, weights: Any, version: int) -> float:
+    """Swaps an engine's weights for those of an update (whole, or what the merger takes), while it samples. Returns the
+    seconds until they were there."""
+    started = time.perf_counter()
+    params = weights if merger is None else jax.block_until_ready(merger(weights))
+    engine.update_params(params, version)
+    return time.perf_counter() - started
 
 
 class AdapterMerger:

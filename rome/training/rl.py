@@ -159,7 +159,7 @@ class GroupSource:
 
     def _observe(self, spec: TaskSpec, group: list[Trajectory]) -> float:
         """Takes in a group from the initial state; returns its success rate."""
-        rate = sum(t.succeeded for t in group) / len(group)
+        rate = success_rate(group)
         self.sampler.record(spec.family, spec.horizon, rate)
         self._resampler.observe(group)
         return rate
@@ -309,6 +309,12 @@ class GroupSource:
             self._pending.pop(name, None)
 
 
+def success_rate(group: Sequence[Trajectory]) -> float:
+    """Of a group's rollouts; the segments of one (`MessageTree`) count once."""
+    rollouts = {t.id.partition("~")[0]: t.succeeded for t in group}
+    return sum(rollouts.values()) / len(rollouts)
+
+
 def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, float]:
     """What a batch of groups looks like: staleness of all; success and lengths of those from the initial state."""
     staleness = [version - t.start_version for group in groups for t in group]
@@ -319,7 +325,7 @@ def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, f
         return ages
     samples = [t for group in groups for t in group]
     count = len(samples)
-    rates = [sum(t.succeeded for t in group) / len(group) for group in groups]
+    rates = [success_rate(group) for group in groups]
     return {
         "train/success": sum(rates) / len(rates),
         "train/reward_mean": sum(float(t.final_reward or 0.0) for t in samples) / count,

@@ -374,6 +374,27 @@ def test_asynchronous_run_ends_and_resumes(environment, tmp_path):
     assert set(json.loads((tmp_path / "run" / "result.json").read_text())) == {"warm_start", "final"}
 
 
+def test_an_agent_that_is_a_program_is_trained_and_resumes_exactly(environment, tmp_path):
+    """The whole run halts once; a copy of what a kill would have left there ends as the run itself does."""
+    arguments = ["--config.rollout.agent=native", "--config.rl.steps=3", "--config.checkpoint.every=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run = Run(whole, environment, *arguments)
+    run.halt(has_record(run, "ipa", 2))
+    footprint = Footprint(run)
+    shutil.copytree(whole, killed)
+    run.send(signal.SIGCONT)
+    code, output = run.wait()
+    assert code == 0, output
+    footprint.assert_gone(2.0)
+    ipa = [record for record in records(whole) if record["stage"] == "ipa"]
+    assert max(record["rollout/chunks_mean"] for record in ipa) > 1.2
+    assert all(record["train/grad_norm"] > 0 for record in ipa)
+    assert all(record["mismatch/chunk_mean"] == pytest.approx(1.0, abs=1e-3) for record in ipa)
+    assert [record["compile/programs"] for record in ipa] == [0.0] * 3
+    assert "continuing at ipa step 1" in finished(killed, environment, *arguments)
+    assert records(killed) == records(whole)
+
+
 def test_a_run_on_ray_hosts_goes_on_when_one_is_killed_and_leaves_nothing_behind(environment, tmp_path):
     """It trains adapters, and nothing else goes to the hosts."""
     pytest.importorskip("ray")
