@@ -7,7 +7,7 @@ An episode has up to five tool calls, each of which takes a log-normal time (σ 
 strongest synchronous peer we can build: the same free-running engine, waiting for the last sample of the batch before
 it trains. `--learning N` compares what is learned a sample, over N seeds. `--simulate` measures latencies, holds the
 simulator's predictions (`rome.rollout.simulator`) against such runs and against multiplexing on eight fake devices,
-and then has it predict a cluster of 64 hosts.
+and then has it predict a cluster of 64 hosts. `--faults` breaks things under a running job (see `faults.py`).
 """
 
 from __future__ import annotations
@@ -440,6 +440,7 @@ def main() -> None:
     parser.add_argument("--learning-steps", type=int, default=60)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--simulate", action="store_true", help="instead of the comparison")
+    parser.add_argument("--faults", action="store_true", help="instead of the comparison; steps and rounds are its own")
     parser.add_argument("--fake-devices", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     console, median = Console(), arguments.median_ms / 1e3
@@ -449,7 +450,11 @@ def main() -> None:
         arguments.fake_devices.write_text(json.dumps(fake_devices(median, steps)))
         return
     results: dict[str, Any] = {}
-    if arguments.simulate:
+    if arguments.faults:
+        import faults
+
+        results["faults"] = faults.compare(console, arguments.steps or 24, arguments.rounds or 2)
+    elif arguments.simulate:
         results["validation"], latencies = validation(console, median, steps, rounds)
         means = {name: statistics.mean(getattr(latencies, name)) for name in ("environment", "reset", "train", "move")}
         results["latencies"] = {**means, "turn": dataclasses.asdict(latencies.turn)}
