@@ -11,6 +11,7 @@ Where training moves adapters alone, hosts get the base once, when they start (`
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -28,6 +29,7 @@ from rome.rollout.buffer import SampleBuffer
 from rome.rollout.episode import GroupRequest
 from rome.rollout.runner import Group, GroupDropped, RolloutRunner
 from rome.rollout.sync import AdapterUpdate
+from rome.rollout.trace import Span, Trace
 from rome.trajectory import Status, Trajectory
 
 MakeRunner = Callable[[Any, int], RolloutRunner]
@@ -114,13 +116,16 @@ class RolloutTotals:
 class Report(NamedTuple):
     """What a host says when it is asked.
 
-    `finished` groups are handed over once; `silent_seconds` have passed since its loop last came round.
+    `finished` groups are handed over once, as are `spans`, on the host's clock, which showed `clock`; `silent_seconds`
+    have passed since its loop last came round.
     """
 
     finished: list[tuple[str, list[Trajectory]]]
     stats: RolloutTotals
     silent_seconds: float
     version: int
+    spans: list[Span]
+    clock: float
 
 
 class RolloutHost:
@@ -166,8 +171,14 @@ class RolloutHost:
             if version > self._runner.engine.version:
                 self._swap_seconds = max(self._swap_seconds, self._runner.update_weights(weights, version))
 
-    def take(self, seconds: float) -> Report:
-        """The groups finished since the last call; waits up to `seconds` for one. Raises what the loop failed with."""
+    def take(self, seconds: float, traced: bool = False) -> Report:
+        """The groups finished since the last call; waits up to `seconds` for one. Raises what the loop failed with.
+
+        While calls are `traced`, what happens is written down, and handed over by the next.
+        """
+        trace = self._runner.trace
+        if traced != (trace is not None):
+            self._runner.trace = Trace() if traced else None
         deadline = time.monotonic() + seconds
         with self._changed:
             while not self._outbox and self._failure is None and (left := deadline - time.monotonic()) > 0:
@@ -175,8 +186,9 @@ class RolloutHost:
             if self._failure is not None:
                 raise self._failure
             finished, self._outbox = self._outbox, []
-            silent = time.monotonic() - self._came_round
-            return Report(finished, self._stats, silent, self._runner.engine.version)
+            spans = [] if trace is None else trace.drain()
+            now = time.monotonic()
+            return Report(finished, self._stats, now - self._came_round, self._runner.engine.version, spans, now)
 
     def reset(self, seconds: float) -> None:
         """Abandons everything in flight, closes its environments and forgets what was not taken yet."""
@@ -245,6 +257,7 @@ class _Seat:
         self.pending = actor.ready.remote()  # the one question that is open
         self.deadline = time.monotonic() + boot_seconds
         self.updates: list[Any] = []  # open weight updates
+        self.later = math.inf  # how much our clock shows more than its; answers that took long show too much
 
 
 class HostPool:
@@ -272,6 +285,7 @@ class HostPool:
         self._gone = RolloutTotals()  # of hosts that are no more
         self._lock = threading.Lock()  # of seats and weights: the trainer publishes while a thread replaces hosts
         self.losses = 0
+        self.trace: Trace | None = None  # where hosts' spans go; set it to have them traced
         self.seats = [self._seat() for _ in range(config.hosts)]
         try:
             ready, _ = ray.wait([seat.pending for seat in self.seats], timeout=config.boot_seconds)
@@ -419,6 +433,9 @@ class HostedRollouts(RolloutThread):
             if answer.silent_seconds > config.silent_seconds:
                 raise TimeoutError(f"a rollout host decoded nothing for {answer.silent_seconds:.0f} s")
             seat.stats = answer.stats
+            seat.later = min(seat.later, time.monotonic() - answer.clock)
+            if (trace := self._pool.trace) is not None and answer.spans:
+                trace.merge(answer.spans, f"host {self._pool.seats.index(seat)}", seat.later)
             for name in set(answer.stats.dropped) & set(seat.held):
                 del seat.held[name]
             for name, samples in answer.finished:
@@ -428,7 +445,7 @@ class HostedRollouts(RolloutThread):
                     self._admission.deliver([group])
                     self._pool.losses = 0
         seat.booting = False
-        seat.pending = seat.actor.take.remote(1.0)
+        seat.pending = seat.actor.take.remote(1.0, self._pool.trace is not None)
         seat.deadline = time.monotonic() + config.silent_seconds
 
     def _reset_hosts(self, seconds: float = 30.0) -> None:

@@ -256,9 +256,9 @@ class NativeRollouts:
     def _note(self, name: str, started: float, error: EnvFailure | None) -> None:
         """Counts a lost attempt, by its typed status; writes both kinds down for the trace."""
         failed = {} if error is None else {"error": str(error)}
-        if self.trace is not None:
+        if (trace := self.trace) is not None:
             lane = f"agent {name.split('+')[0]}"
-            self.trace.add(lane, "rollout", started, time.monotonic() - started, trajectory=name, **failed)
+            trace.add(lane, "rollout", started, time.monotonic() - started, trajectory=name, **failed)
         if error is not None:
             with self._lock:
                 self.lost[name] = str(error)

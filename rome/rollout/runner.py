@@ -268,12 +268,10 @@ class RolloutRunner:
         deltas = {e.slot: e.ledger.delta(self.engine.processed(e.slot)) for e in episodes}
         sampled = self.engine.generate(cohort, deltas, temperature)
         seconds = time.monotonic() - started
-        if self.trace is not None:
+        if (trace := self.trace) is not None:  # another thread may take it away
             tokens = sum(len(chunk.tokens) for chunk in sampled.values())
             version = self.engine.version
-            self.trace.add(
-                f"decode {cohort}", f"{len(episodes)} chunks", started, seconds, tokens=tokens, version=version
-            )
+            trace.add(f"decode {cohort}", f"{len(episodes)} chunks", started, seconds, tokens=tokens, version=version)
         for episode in episodes:
             chunk = sampled[episode.slot]
             episode.generated(chunk, seconds)
@@ -316,9 +314,9 @@ class RolloutRunner:
     # -- one episode -------------------------------------------------------------------------------------------------
 
     def _note(self, lane: str, episode: Episode, job: Job) -> None:
-        if self.trace is not None and job.started is not None:
+        if (trace := self.trace) is not None and job.started is not None:
             failed = {} if job.error is None else {"error": str(job.error)}
-            self.trace.add(lane, episode.stage, job.started, job.seconds, trajectory=episode.id, **failed)
+            trace.add(lane, episode.stage, job.started, job.seconds, trajectory=episode.id, **failed)
 
     def _episode(self, group: Group, sample: int, attempt: int) -> Episode:
         return Episode(group.request, sample, attempt, self.engine.config.max_length)

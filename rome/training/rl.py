@@ -174,12 +174,14 @@ class GroupSource:
 
     @property
     def trace(self) -> Trace | None:
-        """Where this process's rollouts write down what happens when; None: nowhere."""
+        """Where rollouts, those of hosts too, write down what happens when; None: nowhere."""
         return self._runner.trace
 
     @trace.setter
     def trace(self, trace: Trace | None) -> None:
         self._runner.trace = trace
+        if self._pool is not None:
+            self._pool.trace = trace
 
     def publish(self, params: Any, version: int) -> None:
         """New weights for whatever rolls out; of `Adapted` ones, only the adapters travel."""

@@ -18,6 +18,7 @@ from rome.rollout import Deadlines, GroupRequest, RolloutConfig, RolloutRunner, 
 from rome.rollout.buffer import BufferClosed
 from rome.rollout.hosts import HostConfig, HostedRollouts, HostPool, HostsLost
 from rome.rollout.sync import AdapterMerger, update_of
+from rome.rollout.trace import Trace
 
 ray = pytest.importorskip("ray")
 WAIT = 240.0
@@ -145,9 +146,13 @@ def eventually(condition):
 
 def test_hosts_feed_the_trainer_under_weights_that_change_and_close_their_environments(pool):
     pool, folder = pool
-    buffer = buffer_at(pool, 1.0)
+    buffer, trace, began = buffer_at(pool, 1.0), Trace(), time.monotonic()
+    pool.trace = trace
     with HostedRollouts(pool, buffer, endless()) as rollouts:
         groups = consume(buffer, 8, publish=pool.publish)
+        # what happened there comes with the answers, on the clock of this process
+        eventually(lambda: {span.lane.partition(": ")[0] for span in trace.spans} == {"host 0", "host 1"})
+        pool.trace = None
         opened_by = {path.name.split("-")[1] for path in folder.glob("env-*")}
         unfinished = rollouts.stop()
     assert len({group[0].group_id for group in groups}) == 16
@@ -159,6 +164,8 @@ def test_hosts_feed_the_trainer_under_weights_that_change_and_close_their_enviro
     stats = pool.stats
     assert stats.decoded_tokens >= sum(len(c.tokens) for group in groups for t in group for c in t.chunks)
     assert 0 < stats.swap_seconds < WAIT
+    assert all(began <= span.start <= span.start + span.seconds <= time.monotonic() for span in trace.spans)
+    assert {"reset", "step"} <= {span.name for span in trace.spans}
 
 
 def test_the_pool_outlives_the_rollouts_and_the_same_request_gives_the_same_tokens_wherever_it_runs(pool):
