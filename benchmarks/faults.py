@@ -292,6 +292,7 @@ class Job:
 
 def compare(console: Console, steps: int, seeds: int) -> dict[str, Any]:
     """Clean runs with several seeds, and one with faults."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that was started outlives this
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*IMPORTS, before]))
     outcomes = []

@@ -151,7 +151,7 @@ class NativeRollouts:
         self._scheduler, self._renderer, self._chat, self.config = scheduler, renderer, chat, config
         self._merger = merger
         self.stats, self.trace = RolloutStats(), None
-        self.lost: dict[str, str] = {}  # sample → why it was given up
+        self.lost: dict[str, str] = {}  # attempt at a sample → what it was lost for
         self._lock = threading.Lock()  # of the statistics
         self._over = threading.Event()
 
@@ -223,25 +223,30 @@ class NativeRollouts:
     ) -> list[list[Trajectory]]:
         groups = []
         for request in requests:
-            parts = [found[request.group_id, sample] for sample in range(request.size)]
-            if all(part is not None for part in parts):
+            name = request.group_id
+            parts = [found[name, sample] for sample in range(request.size)]
+            if None not in parts:
                 groups.append([segment for part in parts for segment in part])
-            else:
-                name = request.group_id
-                reason = next(reason for sample, reason in self.lost.items() if sample.startswith(f"{name}/"))
-                self.stats.dropped_groups[name] = GroupDropped(f"group {name}: a sample was lost: {reason}")
+                continue
+            sample = parts.index(None)
+            reason = self.lost[f"{name}/{sample}"]
+            self.stats.dropped_groups[name] = GroupDropped(f"group {name}: sample {sample} was lost: {reason}")
         return groups
 
     def _sample(
         self, request: GroupRequest, sample: int, config: NativeConfig, rounds: _Rounds
     ) -> list[Trajectory] | None:
         for attempt in range(config.max_retries + 1):
+            if self._over.is_set():
+                return None
             name = f"{request.group_id}/{sample}" + (f"+{attempt}" if attempt else "")
             started = time.monotonic()
             try:
                 segments = self._rollout(request, name, config, rounds)
             except EnvFailure as error:
                 self._note(name, started, error)
+                with self._lock:
+                    self.stats.resampled += attempt < config.max_retries
                 continue
             finally:
                 rounds.withdraw(name)
@@ -263,7 +268,6 @@ class NativeRollouts:
             with self._lock:
                 self.lost[name] = str(error)
                 self.stats.failures[f"{error.status.value}/agent"] += 1
-                self.stats.resampled += 1
 
     def _rollout(self, request: GroupRequest, name: str, config: NativeConfig, rounds: _Rounds) -> list[Trajectory]:
         task = request.task

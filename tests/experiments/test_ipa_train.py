@@ -440,6 +440,7 @@ def test_multiplexing_lends_devices_to_training_at_every_step(environment, tmp_p
         "--config.sft.steps=8",
         "--config.demonstrations.count=8",
         "--config.checkpoint.every=3",
+        "--config.rl.lora.rank=1",  # its base lies on the devices that always roll out
     ]
     run = Run(tmp_path / "run", {**environment, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, *arguments)
     code, output = run.wait(280)
