@@ -1,6 +1,6 @@
 """Break things under a running job, and see whether it goes on and learns the same.
 
-python benchmarks/faults.py [--steps 24] [--seeds 2] [--json FILE]     (or benchmarks/rollout.py --faults)
+python benchmarks/faults.py [--steps 16] [--seeds 2] [--json FILE]     (or benchmarks/rollout.py --faults)
 
 The job: a toy policy learns, on two Ray hosts, to begin its tool calls with even tokens. Each call runs in a sandbox of
 a real admin, and a judge behind an OpenAI-compatible endpoint adds to the reward. The admin and the judge are reached
@@ -325,7 +325,7 @@ def compare(console: Console, steps: int, seeds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -453,7 +453,7 @@ def main() -> None:
     if arguments.faults:
         import faults
 
-        results["faults"] = faults.compare(console, arguments.steps or 24, arguments.rounds or 2)
+        results["faults"] = faults.compare(console, arguments.steps or 16, arguments.rounds or 2)
     elif arguments.simulate:
         results["validation"], latencies = validation(console, median, steps, rounds)
         means = {name: statistics.mean(getattr(latencies, name)) for name in ("environment", "reset", "train", "move")}
