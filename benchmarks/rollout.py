@@ -1,13 +1,13 @@
 """Measure what asynchrony is worth: the same long-tailed environments, engine and trainer, waiting or not.
 
-python benchmarks/rollout.py [--median-ms 150] [--steps 10] [--json FILE] [--learning 3] [--simulate]
+python benchmarks/rollout.py [--median-ms 150] [--steps 10] [--json FILE] [--learning 3] [--simulate] [--faults]
 
 An episode has up to five tool calls, each of which takes a log-normal time (σ 0.6), and one in a hundred ten times that
 (ROLL Flash's setting, arXiv 2510.11345). Synchronous training is shown twice: our deterministic lockstep mode, and the
 strongest synchronous peer we can build: the same free-running engine, waiting for the last sample of the batch before
 it trains. `--learning N` compares what is learned a sample, over N seeds. `--simulate` measures latencies, holds the
 simulator's predictions (`rome.rollout.simulator`) against such runs and against multiplexing on eight fake devices,
-and then has it predict a cluster of 64 hosts.
+and then has it predict a cluster of 64 hosts. `--faults` breaks things under a running job (see `faults.py`).
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def calibrate(median: float, steps: int) -> tuple[Outcome, Latencies]:
     training, wide = (Training(slots, median, 0, 0.0) for slots in (BATCH, 3 * BATCH))
     with training.runner, wide.runner:
         outcome = measure_synchronous(training, steps)
-        measure_synchronous(wide, max(2, steps // 3))
+        measure_synchronous(wide, 2)
     return outcome, latencies_of(training, training.runner.turns[5:] + wide.runner.turns[5:])
 
 
@@ -291,7 +291,6 @@ ALONE = Plan("synchronous", hosts=1, slots=BATCH, groups=GROUPS, group_size=GROU
 BESIDE = dataclasses.replace(ALONE, mode="split", hosts=2)  # rollouts and training share the core
 PLANS = {
     "synchronous, free-running": ALONE,
-    "asynchronous, ratio 1": BESIDE,
     "asynchronous, ratio 2": dataclasses.replace(BESIDE, async_ratio=2.0),
     "asynchronous, ratio 2, 3 × the slots": dataclasses.replace(BESIDE, async_ratio=2.0, slots=3 * BATCH),
 }
@@ -310,9 +309,9 @@ def fake_devices(median: float, steps: int) -> dict[str, Any]:
         for placement, devices in ((WIDE, 8), (NARROW, 4)):
             training.engine.move_to(placement)
             training.runner.devices, before = devices, len(training.runner.turns)
-            measure_synchronous(training, steps)
+            measure_synchronous(training, 2)
             turns[BATCH / 2 / devices] = training.runner.turns[before + 5 :]
-        for number in range(20):
+        for number in range(8):
             started = time.perf_counter()
             training.engine.move_to(number % 2)
             moves.append(time.perf_counter() - started)
@@ -372,7 +371,7 @@ def validation(console: Console, median: float, steps: int, rounds: int) -> tupl
         outcome, latencies = calibrate(median, steps)
         for name, plan in PLANS.items():
             run, slots = MODES[name]
-            measured = outcome.rate if plan is ALONE else run(slots, median, steps, 0, 0.0).rate
+            measured = outcome.rate if plan is ALONE else run(slots, median, 3 * steps, 0, 0.0).rate
             predicted = simulate(plan, latencies, 4 * steps, seed=0).samples_per_second
             found.setdefault(name, []).append((measured, predicted))
         fake = in_eight_devices(median, steps)
@@ -393,7 +392,8 @@ def validation(console: Console, median: float, steps: int, rounds: int) -> tupl
     return rows, latencies
 
 
-HOSTS, HALF, TURN_FACTORS, TRAIN_FACTORS = 64, 32, (1, 8, 32), (1, 25, 200)
+CLUSTER_STEPS = 3
+HOSTS, HALF, TURN_FACTORS, TRAIN_FACTORS = 64, 32, (1, 16), (1, 25, 200)
 
 
 def cluster(console: Console, latencies: Latencies, steps: int) -> list[dict[str, Any]]:
@@ -434,26 +434,33 @@ def cluster(console: Console, latencies: Latencies, steps: int) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--median-ms", type=float, default=150.0)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="default: 10; with --simulate 4")
+    parser.add_argument("--rounds", type=int, help="default: 3; with --simulate 1")
     parser.add_argument("--learning", type=int, default=0, metavar="SEEDS")
     parser.add_argument("--learning-steps", type=int, default=60)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--simulate", action="store_true", help="instead of the comparison")
+    parser.add_argument("--faults", action="store_true", help="instead of the comparison; steps and rounds are its own")
     parser.add_argument("--fake-devices", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    console, median, steps = Console(), arguments.median_ms / 1e3, arguments.steps
+    console, median = Console(), arguments.median_ms / 1e3
+    steps = arguments.steps or (4 if arguments.simulate else 10)
+    rounds = arguments.rounds or (1 if arguments.simulate else 3)
     if arguments.fake_devices:
         arguments.fake_devices.write_text(json.dumps(fake_devices(median, steps)))
         return
     results: dict[str, Any] = {}
-    if arguments.simulate:
-        results["validation"], latencies = validation(console, median, steps, arguments.rounds)
+    if arguments.faults:
+        import faults
+
+        results["faults"] = faults.compare(console, arguments.steps or 16, arguments.rounds or 2)
+    elif arguments.simulate:
+        results["validation"], latencies = validation(console, median, steps, rounds)
         means = {name: statistics.mean(getattr(latencies, name)) for name in ("environment", "reset", "train", "move")}
         results["latencies"] = {**means, "turn": dataclasses.asdict(latencies.turn)}
-        results["cluster"] = cluster(console, latencies, steps)
+        results["cluster"] = cluster(console, latencies, CLUSTER_STEPS)
     else:
-        results["throughput"] = throughput(console, median, steps, arguments.rounds)
+        results["throughput"] = throughput(console, median, steps, rounds)
     if arguments.learning:
         results["learning"] = learning(console, arguments.learning, arguments.learning_steps)
     if arguments.json:

@@ -113,10 +113,19 @@ def get_config() -> ConfigDict:
             "env_threads": 16,
             "max_retries": 3,
             "redundancy": 0,
+            "filter_groups": 0,
             "hosts": 0,
             "host_cpus": 1.0,
             "host_boot_seconds": 300.0,
             "host_silent_seconds": 120.0,
+            "agent": "loop",
+            "native": {
+                "program": "",
+                "command": "python3 {program}",
+                "seconds": 120.0,
+                "request_seconds": 60.0,
+                "workers": 8,
+            },
         }
     )
     config.evaluation = ConfigDict({"tasks": 120, "samples": 3, "every": 0, "tasks_during": 30, "temperature": 1.0})

@@ -6,10 +6,12 @@ them weights and replaces those that die or fall silent. `HostedRollouts` feeds 
 under new keys; finished groups were sent before and are never lost.
 
 Weights go through Ray's object store, once a version whatever the number of hosts; a host swaps them between two turns.
+Where training moves adapters alone, hosts get the base once, when they start (`rome.rollout.sync`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -26,6 +28,8 @@ from rome.rollout.background import RolloutStopped, RolloutThread, free_run
 from rome.rollout.buffer import SampleBuffer
 from rome.rollout.episode import GroupRequest
 from rome.rollout.runner import Group, GroupDropped, RolloutRunner
+from rome.rollout.sync import AdapterUpdate
+from rome.rollout.trace import Span, Trace
 from rome.trajectory import Status, Trajectory
 
 MakeRunner = Callable[[Any, int], RolloutRunner]
@@ -70,7 +74,7 @@ class RolloutTotals:
       failures: discarded episodes by `<status>/<stage>`; those of `aborted/host` went with a host.
       dropped: group id → why it was given up.
       cancelled: samples that their group no longer needed.
-      swap_seconds: the longest pause in which a host took over new weights.
+      swap_seconds: the longest that a host needed to take over new weights, from their arrival on.
     """
 
     resampled: int = 0
@@ -112,13 +116,16 @@ class RolloutTotals:
 class Report(NamedTuple):
     """What a host says when it is asked.
 
-    `finished` groups are handed over once; `silent_seconds` have passed since its loop last came round.
+    `finished` groups are handed over once, as are `spans`, on the host's clock, which showed `clock`; `silent_seconds`
+    have passed since its loop last came round.
     """
 
     finished: list[tuple[str, list[Trajectory]]]
     stats: RolloutTotals
     silent_seconds: float
     version: int
+    spans: list[Span]
+    clock: float
 
 
 class RolloutHost:
@@ -127,10 +134,15 @@ class RolloutHost:
     Args:
       make_runner: (params, version) → a runner whose engine is warm.
       params, version: the weights to start with, as numpy arrays.
+      update: newer ones, as for `update_weights`.
     """
 
-    def __init__(self, make_runner: MakeRunner, params: Any, version: int) -> None:
+    def __init__(
+        self, make_runner: MakeRunner, params: Any, version: int, update: tuple[Any, int] | None = None
+    ) -> None:
         self._runner = make_runner(params, version)
+        if update is not None:
+            self._runner.update_weights(*update)
         self._inbox: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
         self._outbox: list[tuple[str, list[Trajectory]]] = []
         self._changed, self._updating = threading.Condition(), threading.Lock()
@@ -150,19 +162,23 @@ class RolloutHost:
         for request, attempts in groups:
             self._inbox.put(Group(request, attempts))
 
-    def update_params(self, params: Any, version: int) -> None:
+    def update_weights(self, weights: Any, version: int) -> None:
         """Swaps the weights between two turns; trajectories in flight go on under the new ones.
 
         Ray runs an actor's calls side by side, so a newer version may arrive first: an older one is passed over.
         """
         with self._updating:
-            started = time.perf_counter()
             if version > self._runner.engine.version:
-                self._runner.engine.update_params(params, version)
-                self._swap_seconds = max(self._swap_seconds, time.perf_counter() - started)
+                self._swap_seconds = max(self._swap_seconds, self._runner.update_weights(weights, version))
 
-    def take(self, seconds: float) -> Report:
-        """The groups finished since the last call; waits up to `seconds` for one. Raises what the loop failed with."""
+    def take(self, seconds: float, traced: bool = False) -> Report:
+        """The groups finished since the last call; waits up to `seconds` for one. Raises what the loop failed with.
+
+        While calls are `traced`, what happens is written down, and handed over by the next.
+        """
+        trace = self._runner.trace
+        if traced != (trace is not None):
+            self._runner.trace = Trace() if traced else None
         deadline = time.monotonic() + seconds
         with self._changed:
             while not self._outbox and self._failure is None and (left := deadline - time.monotonic()) > 0:
@@ -170,8 +186,9 @@ class RolloutHost:
             if self._failure is not None:
                 raise self._failure
             finished, self._outbox = self._outbox, []
-            silent = time.monotonic() - self._came_round
-            return Report(finished, self._stats, silent, self._runner.engine.version)
+            spans = [] if trace is None else trace.drain()
+            now = time.monotonic()
+            return Report(finished, self._stats, now - self._came_round, self._runner.engine.version, spans, now)
 
     def reset(self, seconds: float) -> None:
         """Abandons everything in flight, closes its environments and forgets what was not taken yet."""
@@ -239,6 +256,7 @@ class _Seat:
         self.pending = actor.ready.remote()  # the one question that is open
         self.deadline = time.monotonic() + boot_seconds
         self.updates: list[Any] = []  # open weight updates
+        self.later = math.inf  # how much our clock shows more than its; answers that took long show too much
 
 
 class HostPool:
@@ -246,7 +264,7 @@ class HostPool:
 
     Args:
       make_runner: as for `RolloutHost`; pickled with cloudpickle.
-      params, version: the weights to start with.
+      params, version: the weights to start with; `Adapted` ones if updates are to hold adapters alone.
       config: how many hosts, and their deadlines.
 
     Joins the Ray cluster at `RAY_ADDRESS`, or starts Ray on this machine and ends it again in `close`. Hosts are spread
@@ -261,10 +279,12 @@ class HostPool:
         if self._owns_ray:
             _start_ray(ray, config)
         self.version = version
-        self._weights = ray.put((_on_host(params), version))
+        # a host starts with whole weights, and with what was published since, if that was adapters
+        self._start, self._update = ray.put((_on_host(params), version)), None
         self._gone = RolloutTotals()  # of hosts that are no more
         self._lock = threading.Lock()  # of seats and weights: the trainer publishes while a thread replaces hosts
         self.losses = 0
+        self.trace: Trace | None = None  # where hosts' spans go; set it to have them traced
         self.seats = [self._seat() for _ in range(config.hosts)]
         try:
             ready, _ = ray.wait([seat.pending for seat in self.seats], timeout=config.boot_seconds)
@@ -288,11 +308,15 @@ class HostPool:
             total.add(stats)
         return total
 
-    def publish(self, params: Any, version: int) -> None:
-        """Sends new weights to every host, without waiting for them."""
-        weights = self.ray.put((_on_host(params), version))
+    def publish(self, update: Any, version: int) -> None:
+        """Sends new weights (whole, or an `AdapterUpdate`) to every host, without waiting for them."""
+        weights = self.ray.put((_on_host(update), version))
         with self._lock:
-            self._weights, self.version = weights, version
+            if isinstance(update, AdapterUpdate):
+                self._update = weights
+            else:
+                self._start, self._update = weights, None
+            self.version = version
             for seat in self.seats:
                 seat.updates.append(seat.actor.update.remote(weights))
 
@@ -331,7 +355,7 @@ class HostPool:
 
     def _seat(self) -> _Seat:
         options = {"num_cpus": self.config.cpus, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
-        actor = self.ray.remote(**options)(RolloutHostActor).remote(self._make_runner, self._weights)
+        actor = self.ray.remote(**options)(RolloutHostActor).remote(self._make_runner, self._start, self._update)
         return _Seat(actor, self.config.boot_seconds)
 
     def _kill(self, actor: Any) -> None:
@@ -341,11 +365,11 @@ class HostPool:
 class RolloutHostActor(RolloutHost):
     """RolloutHost whose weights come as one object of Ray's store."""
 
-    def __init__(self, make_runner: MakeRunner, weights: tuple[Any, int]) -> None:
-        super().__init__(make_runner, *weights)
+    def __init__(self, make_runner: MakeRunner, start: tuple[Any, int], update: tuple[Any, int] | None) -> None:
+        super().__init__(make_runner, *start, update)
 
     def update(self, weights: tuple[Any, int]) -> None:
-        self.update_params(*weights)
+        self.update_weights(*weights)
 
 
 class HostedRollouts(RolloutThread):
@@ -408,6 +432,9 @@ class HostedRollouts(RolloutThread):
             if answer.silent_seconds > config.silent_seconds:
                 raise TimeoutError(f"a rollout host decoded nothing for {answer.silent_seconds:.0f} s")
             seat.stats = answer.stats
+            seat.later = min(seat.later, time.monotonic() - answer.clock)
+            if (trace := self._pool.trace) is not None and answer.spans:
+                trace.merge(answer.spans, f"host {self._pool.seats.index(seat)}", seat.later)
             for name in set(answer.stats.dropped) & set(seat.held):
                 del seat.held[name]
             for name, samples in answer.finished:
@@ -417,7 +444,7 @@ class HostedRollouts(RolloutThread):
                     self._admission.deliver([group])
                     self._pool.losses = 0
         seat.booting = False
-        seat.pending = seat.actor.take.remote(1.0)
+        seat.pending = seat.actor.take.remote(1.0, self._pool.trace is not None)
         seat.deadline = time.monotonic() + config.silent_seconds
 
     def _reset_hosts(self, seconds: float = 30.0) -> None:

@@ -4,6 +4,11 @@ The program, whatever it is written in, finds an OpenAI- or Anthropic-compatible
 (`rock_env.ModelProxy`). Its requests come out here, are sampled by the same stream engine as `rome serve`, and are
 written into a `MessageTree`; when the program has ended, the verifier judges, and the tree's segments are trajectories
 like any other. The agent never holds tokens, keys or a route to anything.
+
+`run` works in rounds: requests go to the engine together, once every agent that is under way has asked or ended. So
+which of them share the engine's steps is no matter of timing, and the same seed gives the same trajectories, bit for
+bit, for agents that ask one thing at a time. (Sub-agents that ask side by side race for the number that their samples'
+keys are drawn from.)
 """
 
 from __future__ import annotations
@@ -14,9 +19,9 @@ import json
 import re
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,15 +35,18 @@ from rome.models import Message, Renderer
 from rome.rollout.engine import Finish, Sampled
 from rome.rollout.episode import GroupRequest, sampling_key
 from rome.rollout.ledger import LedgerError
+from rome.rollout.runner import GroupDropped, RolloutStats
 from rome.rollout.service import RomeChat, Scheduler, ServiceError
 from rome.rollout.service.answers import ChatShape, Choice
 from rome.rollout.service.protocol import ChatRequest, parse
 from rome.rollout.service.scheduler import Job, Part
 from rome.rollout.service.text import TextStream
-from rome.rollout.stream import Sampling
+from rome.rollout.stream import Sampling, StreamEngine
+from rome.rollout.sync import AdapterMerger, take_weights
 from rome.rollout.tree import MessageTree, Turn
 from rome.trajectory import Status, Trajectory
 
+_END_SECONDS = 15.0  # for agents to be ended in
 _CALL_AS_TEXT = re.compile(r"(.*?)<tool_call>(.*)</tool_call>", re.DOTALL)
 
 
@@ -47,21 +55,26 @@ class NativeConfig:
     """Attributes:
     program: the files of the agent, by path in the sandbox; executable.
     command: that starts it, with the task's instruction as `$ROME_INSTRUCTION`.
+    variables: of its environment, beside those that name the model's endpoint.
     agent_seconds: it is stopped after so long; the verifier still runs (`truncated`).
     request_seconds: for one answer of the model.
     max_requests: of one rollout; more are refused (429).
     max_tokens: of one answer, if the agent asks for no fewer.
-    temperature: of every answer; what the agent asks for is not what is trained.
+    temperature, top_k, top_p, min_p: of every answer; what the agent asks for is not what is trained.
     workers: rollouts at once. max_retries: of a sample that was lost to an infrastructure failure.
     """
 
     program: dict[str, str]
     command: str
+    variables: dict[str, str] = field(default_factory=dict)
     agent_seconds: float = 120.0
     request_seconds: float = 60.0
     max_requests: int = 64
     max_tokens: int = 64
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
     workers: int = 8
     max_retries: int = 2
 
@@ -73,54 +86,203 @@ class NativeConfig:
                 raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)!r}")
 
 
-class NativeRollouts:
-    """Rolls out agents that speak to their model themselves.
+class _Rounds:
+    """Holds requests back until each of `members` threads has one waiting, or has left; then submits all of them.
 
-    Args:
-      scheduler: of the engine that samples; others may use it at the same time.
-      renderer, chat: of the policy.
-      config: the agent, and its limits.
+    A thread's jobs wait under the name of the rollout that it is on; several, if its agent asks side by side.
     """
 
-    def __init__(self, scheduler: Scheduler, renderer: Renderer, chat: RomeChat, config: NativeConfig) -> None:
-        self._scheduler, self._renderer, self._chat, self.config = scheduler, renderer, chat, config
-        self.lost: dict[str, str] = {}  # sample → why it was given up
+    def __init__(self, scheduler: Scheduler, members: int, seconds: float) -> None:
+        self._scheduler, self._members, self._seconds = scheduler, members, seconds
+        self._waiting: dict[str, list[Job]] = {}
+        self._lock = threading.Lock()
 
-    def run(self, requests: Sequence[GroupRequest]) -> list[list[Trajectory]]:
-        """The segments of every sample of every group; a group of which a sample was given up is left out."""
-        work = [(request, sample) for request in requests for sample in range(request.size)]
-        with ThreadPoolExecutor(self.config.workers, thread_name_prefix="native") as pool:
-            found = list(pool.map(lambda one: self._sample(*one), work))
-        segments = {(request.group_id, sample): part for (request, sample), part in zip(work, found, strict=True)}
+    def submit(self, rollout: str, job: Job) -> None:
+        with self._lock:
+            self._waiting.setdefault(rollout, []).append(job)
+            self._release()
+
+    def withdraw(self, rollout: str) -> None:
+        """The rollout is over: nobody waits for what it asked."""
+        with self._lock:
+            jobs = self._waiting.pop(rollout, [])
+        for job in jobs:
+            job.deliver(ServiceError(499, "the agent has ended", code="cancelled"))
+
+    def leave(self) -> None:
+        """A thread has nothing left to do."""
+        with self._lock:
+            self._members -= 1
+            self._release()
+
+    def _release(self) -> None:
+        if len(self._waiting) < max(1, self._members):
+            return
+        jobs = [job for rollout in sorted(self._waiting) for job in self._waiting[rollout]]
+        self._waiting = {}
+        for job in jobs:
+            job.deadline = time.monotonic() + self._seconds
+        try:
+            self._scheduler.submit(jobs)
+        except ServiceError as error:
+            for job in jobs:
+                job.deliver(error)
+
+
+class NativeRollouts:
+    """Rolls out agents that speak to their model themselves; `RolloutRunner`'s methods, as far as `run` goes.
+
+    Args:
+      scheduler: of the engine that samples; its queue takes `config.workers` requests. Only for `run` is it this
+        object's alone.
+      renderer, chat: of the policy.
+      config: the agent, and its limits.
+      merger: as for `RolloutRunner`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        renderer: Renderer,
+        chat: RomeChat,
+        config: NativeConfig,
+        merger: AdapterMerger | None = None,
+    ) -> None:
+        self._scheduler, self._renderer, self._chat, self.config = scheduler, renderer, chat, config
+        self._merger = merger
+        self.stats, self.trace = RolloutStats(), None
+        self.lost: dict[str, str] = {}  # attempt at a sample → what it was lost for
+        self._lock = threading.Lock()  # of the statistics
+        self._over = threading.Event()
+
+    def __enter__(self) -> NativeRollouts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def engine(self) -> StreamEngine:
+        return self._scheduler.engine
+
+    def update_weights(self, weights: Any, version: int) -> float:
+        """New weights for the next burst (see `take_weights`); returns the seconds that it took."""
+        return take_weights(self.engine, self._merger, weights, version)
+
+    def close(self) -> None:
+        """Ends every agent, and the scheduler. Idempotent."""
+        self._over.set()
+        self._scheduler.close()
+
+    def run(
+        self, requests: Sequence[GroupRequest], temperature: float | None = None, scored: bool = True
+    ) -> list[list[Trajectory]]:
+        """The segments of every sample of every group; a group of which a sample was given up is left out.
+
+        `temperature` overrides the config's. Rewards are the verifier's, `scored` or not.
+        """
+        config = self.config if temperature is None else dataclasses.replace(self.config, temperature=temperature)
+        self.engine.forget()
+        work = deque((request, sample) for request in requests for sample in range(request.size))
+        found: dict[tuple[str, int], list[Trajectory] | None] = {}
+        failures: list[BaseException] = []
+        members = min(config.workers, len(work))
+        rounds = _Rounds(self._scheduler, members, config.request_seconds)
+
+        def member() -> None:
+            try:
+                while not self._over.is_set():
+                    try:
+                        request, sample = work.popleft()
+                    except IndexError:
+                        return
+                    found[request.group_id, sample] = self._sample(request, sample, config, rounds)
+            except BaseException as error:  # delivered to whoever called
+                failures.append(error)
+                work.clear()
+            finally:
+                rounds.leave()
+
+        threads = [threading.Thread(target=member, name="native", daemon=True) for _ in range(members)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C: agents are ended, not waited for
+            self._over.set()
+            for thread in threads:
+                thread.join(_END_SECONDS)
+            raise
+        if failures:
+            raise failures[0]
+        return self._complete(requests, found)
+
+    def _complete(
+        self, requests: Sequence[GroupRequest], found: Mapping[tuple[str, int], list[Trajectory] | None]
+    ) -> list[list[Trajectory]]:
         groups = []
         for request in requests:
-            found = [segments[request.group_id, sample] for sample in range(request.size)]
-            if all(part is not None for part in found):
-                groups.append([trajectory for part in found for trajectory in part])
+            name = request.group_id
+            parts = [found[name, sample] for sample in range(request.size)]
+            if None not in parts:
+                groups.append([segment for part in parts for segment in part])
+                continue
+            sample = parts.index(None)
+            reason = self.lost[f"{name}/{sample}"]
+            self.stats.dropped_groups[name] = GroupDropped(f"group {name}: sample {sample} was lost: {reason}")
         return groups
 
-    def _sample(self, request: GroupRequest, sample: int) -> list[Trajectory] | None:
-        for attempt in range(self.config.max_retries + 1):
+    def _sample(
+        self, request: GroupRequest, sample: int, config: NativeConfig, rounds: _Rounds
+    ) -> list[Trajectory] | None:
+        for attempt in range(config.max_retries + 1):
+            if self._over.is_set():
+                return None
             name = f"{request.group_id}/{sample}" + (f"+{attempt}" if attempt else "")
+            started = time.monotonic()
             try:
-                return self._rollout(request, name)
+                segments = self._rollout(request, name, config, rounds)
             except EnvFailure as error:
-                self.lost[name] = str(error)
+                self._note(name, started, error)
+                with self._lock:
+                    self.stats.resampled += attempt < config.max_retries
+                continue
+            finally:
+                rounds.withdraw(name)
+            self._note(name, started, None)
+            with self._lock:
+                self.stats.trajectories += 1
+                self.stats.chunks += sum(len(t.chunks) - t.prefix_chunks for t in segments)
+                self.stats.truncated += segments[0].status is Status.TRUNCATED
+            return segments
         return None
 
-    def _rollout(self, request: GroupRequest, name: str) -> list[Trajectory]:
-        c, task = self.config, request.task
-        tree = MessageTree(name, self._renderer, self._scheduler.engine.config.max_length)
+    def _note(self, name: str, started: float, error: EnvFailure | None) -> None:
+        """Counts a lost attempt, by its typed status; writes both kinds down for the trace."""
+        failed = {} if error is None else {"error": str(error)}
+        if (trace := self.trace) is not None:
+            lane = f"agent {name.split('+')[0]}"
+            trace.add(lane, "rollout", started, time.monotonic() - started, trajectory=name, **failed)
+        if error is not None:
+            with self._lock:
+                self.lost[name] = str(error)
+                self.stats.failures[f"{error.status.value}/agent"] += 1
+
+    def _rollout(self, request: GroupRequest, name: str, config: NativeConfig, rounds: _Rounds) -> list[Trajectory]:
+        task = request.task
+        tree = MessageTree(name, self._renderer, self.engine.config.max_length)
         boxes: list[Sandbox] = []
         with infrastructure(lambda: _stop(boxes)):
-            spec = sandbox_spec(task, c.agent_seconds)
-            proxy = ModelProxy(request_seconds=c.request_seconds)
+            spec = sandbox_spec(task, config.agent_seconds)
+            # an answer may take as long as the slowest of the round's agents
+            proxy = ModelProxy(request_seconds=config.agent_seconds, lease_seconds=config.agent_seconds)
             box = Sandbox.start(dataclasses.replace(spec, model_proxy=proxy))
             boxes.append(box)
-            box.write_files({path: text.encode() for path, text in c.program.items()})
-            variables = {"ROME_INSTRUCTION": task.task.instruction}
-            agent = box.start_job(c.command, timeout=c.agent_seconds, env=variables)
-            self._serve(box, agent, tree, request.seed)
+            box.write_files({path: text.encode() for path, text in config.program.items()})
+            variables = {**config.variables, "ROME_INSTRUCTION": task.task.instruction}
+            agent = box.start_job(config.command, timeout=config.agent_seconds, env=variables)
+            self._serve(box, agent, tree, request.seed, config, rounds)
             status = Status.TRUNCATED if agent.status().exit_code == 124 else Status.COMPLETED
             if not tree.responses:
                 raise EnvFailure(Status.INFRA_FAILURE, f"the agent never asked its model: {_last_words(agent)}")
@@ -128,49 +290,56 @@ class NativeRollouts:
             box.stop()
         return tree.segments(request.group_id, task.task, request.seed, reward, status)
 
-    def _serve(self, box: Sandbox, agent: Any, tree: MessageTree, seed: int) -> None:
+    def _serve(
+        self, box: Sandbox, agent: Any, tree: MessageTree, seed: int, config: NativeConfig, rounds: _Rounds
+    ) -> None:
         """Answers the agent's requests until it has ended; several at once, as sub-agents ask."""
         threads: list[threading.Thread] = []
         asked = 0
         while agent.status().is_running:
-            request = box.model.next(wait=0.5)
+            if self._over.is_set():
+                raise EnvFailure(Status.ABORTED, "rollouts were ended")
+            request = box.model.next(wait=0.1)
             if request is None:
                 continue
             asked += 1
-            if asked > self.config.max_requests:
-                request.fail(f"more than {self.config.max_requests} requests", 429, "rate_limit_exceeded")
+            if asked > config.max_requests:
+                request.fail(f"more than {config.max_requests} requests", 429, "rate_limit_exceeded")
                 continue
-            number = asked
-            thread = threading.Thread(target=self._answer, args=(request, tree, f"{seed}/{tree.rollout_id}/{number}"))
+            key = f"{seed}/{tree.rollout_id}/{asked}"
+            thread = threading.Thread(target=self._answer, args=(request, tree, key, config, rounds), daemon=True)
             thread.start()
             threads.append(thread)
+        rounds.withdraw(tree.rollout_id)
         for thread in threads:
-            thread.join(self.config.request_seconds)
+            thread.join(config.request_seconds)
 
-    def _answer(self, request: Any, tree: MessageTree, key: str) -> None:
+    def _answer(self, request: Any, tree: MessageTree, key: str, config: NativeConfig, rounds: _Rounds) -> None:
         try:
             try:
-                request.answer(self._complete(request, tree, key))
+                request.answer(self._reply(request, tree, key, config, rounds))
             except (ServiceError, LedgerError) as error:
                 status = error.status if isinstance(error, ServiceError) else 400
                 request.fail(str(error), status, "invalid_request_error" if status < 500 else "model_error")
         except RockError:
             pass  # the sandbox is gone, or the agent has given the request up: nobody listens
 
-    def _complete(self, request: Any, tree: MessageTree, key: str) -> dict[str, Any]:
+    def _reply(
+        self, request: Any, tree: MessageTree, key: str, config: NativeConfig, rounds: _Rounds
+    ) -> dict[str, Any]:
         if request.path != "/v1/chat/completions":
             raise ServiceError(404, f"{request.path}: an agent under training asks for chat completions")
         asked = parse(ChatRequest, json.dumps(request.body).encode())
         messages = [_as_sampled(message) for message in self._chat.messages(asked.messages)]
         turn = tree.ask(messages)
-        limit = min(asked.limit or self.config.max_tokens, self.config.max_tokens)
-        choice = self._draw(turn, limit, key)
+        limit = min(asked.limit or config.max_tokens, config.max_tokens)
+        sampling = Sampling(sampling_key(key), limit, config.temperature, config.top_k, config.top_p, config.min_p)
+        choice = self._draw(turn, sampling, tree.rollout_id, config, rounds)
         tree.answer(turn, _sampled(choice))
         return ChatShape(self._chat, asked, "policy").whole([choice])
 
-    def _draw(self, turn: Turn, limit: int, key: str) -> Choice:
+    def _draw(self, turn: Turn, sampling: Sampling, rollout: str, config: NativeConfig, rounds: _Rounds) -> Choice:
         """One answer, by the engine that everybody shares."""
-        sampling = Sampling(sampling_key(key), limit, self.config.temperature)
         choice, done, failure = Choice(0, turn.tokens.tolist()), threading.Event(), []
 
         def deliver(item: Part | ServiceError) -> None:
@@ -181,10 +350,9 @@ class NativeRollouts:
             if failure or choice.finish is not None:
                 done.set()
 
-        deadline = time.monotonic() + self.config.request_seconds
-        job = Job(turn.tokens, sampling, TextStream(self._chat.piece), deadline, deliver)
-        self._scheduler.submit([job])
-        if not done.wait(self.config.request_seconds + 5.0):
+        job = Job(turn.tokens, sampling, TextStream(self._chat.piece), float("inf"), deliver)
+        rounds.submit(rollout, job)
+        if not done.wait(config.agent_seconds + config.request_seconds + 5.0):
             self._scheduler.cancel([job])
             raise ServiceError(504, "the engine gave no answer in time")
         if failure:

@@ -17,12 +17,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rome.envs import EnvFailure
 from rome.models import Renderer
 from rome.rollout.engine import DecodeEngine
 from rome.rollout.episode import ChunkEnv, Deadlines, Episode, GroupRequest
 from rome.rollout.rewards import RewardStage
+from rome.rollout.sync import AdapterMerger, take_weights
 from rome.rollout.trace import Trace
 from rome.rollout.workers import DeadlineExceeded, EnvWorkers, Job
 from rome.trajectory import Status, Trajectory
@@ -118,6 +120,7 @@ class RolloutRunner:
       env_factory: makes a fresh environment; called in worker threads.
       config: threads, retries and deadlines.
       rewards: scores finished trajectories in worker threads, once their slot is free; None: as the verifier says.
+      merger: makes the engine's weights of an update that holds adapters alone; None: updates hold whole weights.
     """
 
     def __init__(
@@ -127,8 +130,10 @@ class RolloutRunner:
         env_factory: Callable[[], ChunkEnv],
         config: RolloutConfig | None = None,
         rewards: RewardStage | None = None,
+        merger: AdapterMerger | None = None,
     ) -> None:
         self.engine, self.renderer, self.env_factory = engine, renderer, env_factory
+        self._merger = merger
         self.config, self.rewards = config or RolloutConfig(), rewards
         self.stats = RolloutStats()
         self.trace: Trace | None = None  # set it to have what happens written down
@@ -186,6 +191,10 @@ class RolloutRunner:
             self.rewards = rewards
             self.reset()
         return [complete[name].samples for name in ids if name in complete]
+
+    def update_weights(self, weights: Any, version: int) -> float:
+        """New weights for the next turn, from any thread (see `take_weights`); returns the seconds that it took."""
+        return take_weights(self.engine, self._merger, weights, version)
 
     # -- the moves ---------------------------------------------------------------------------------------------------
 
@@ -259,12 +268,10 @@ class RolloutRunner:
         deltas = {e.slot: e.ledger.delta(self.engine.processed(e.slot)) for e in episodes}
         sampled = self.engine.generate(cohort, deltas, temperature)
         seconds = time.monotonic() - started
-        if self.trace is not None:
+        if (trace := self.trace) is not None:  # another thread may take it away
             tokens = sum(len(chunk.tokens) for chunk in sampled.values())
             version = self.engine.version
-            self.trace.add(
-                f"decode {cohort}", f"{len(episodes)} chunks", started, seconds, tokens=tokens, version=version
-            )
+            trace.add(f"decode {cohort}", f"{len(episodes)} chunks", started, seconds, tokens=tokens, version=version)
         for episode in episodes:
             chunk = sampled[episode.slot]
             episode.generated(chunk, seconds)
@@ -309,9 +316,9 @@ class RolloutRunner:
     # -- one episode -------------------------------------------------------------------------------------------------
 
     def _note(self, lane: str, episode: Episode, job: Job) -> None:
-        if self.trace is not None and job.started is not None:
+        if (trace := self.trace) is not None and job.started is not None:
             failed = {} if job.error is None else {"error": str(job.error)}
-            self.trace.add(lane, episode.stage, job.started, job.seconds, trajectory=episode.id, **failed)
+            trace.add(lane, episode.stage, job.started, job.seconds, trajectory=episode.id, **failed)
 
     def _episode(self, group: Group, sample: int, attempt: int) -> Episode:
         return Episode(group.request, sample, attempt, self.engine.config.max_length)

@@ -189,7 +189,7 @@ def simulate(plan: Plan, latencies: Latencies, steps: int, seed: int, skip: int 
 def best_split(plan: Plan, latencies: Latencies, steps: int, seed: int) -> tuple[int, Prediction]:
     """The number of training hosts with which the plan, split or multiplexed, gives the most samples a second.
 
-    Up to 31 hosts every number is tried; beyond, one in hosts/16, and then ever closer to the best.
+    Up to 31 hosts every number is tried; beyond, one in hosts/8, and then ever closer to the best.
     """
     limit, found = plan.hosts - plan.engines, {}
 
@@ -198,7 +198,7 @@ def best_split(plan: Plan, latencies: Latencies, steps: int, seed: int) -> tuple
             found[hosts] = simulate(replace(plan, train_hosts=hosts), latencies, steps, seed)
         return found[hosts].samples_per_second
 
-    stride = max(1, plan.hosts // 16)
+    stride = plan.hosts // 8 if plan.hosts > 31 else 1
     tried = range(1, limit + 1, stride)
     best = max(tried, key=rate)
     while stride > 1:

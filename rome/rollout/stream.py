@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,6 +103,7 @@ class StreamStats:
     reused_tokens: int = 0
     decoded_tokens: int = 0
     bursts: int = 0
+    seconds: float = 0.0  # in `advance`
 
 
 @dataclass
@@ -118,10 +120,17 @@ class StreamEngine:
       params, model_config: as for `rome.models.forward`.
       stop_ids: end a request; sampled as its last token.
       pad_id: fills unused positions of appends.
+      version: of `params`.
     """
 
     def __init__(
-        self, params: Any, model_config: ModelConfig, config: StreamConfig, stop_ids: frozenset[int], pad_id: int
+        self,
+        params: Any,
+        model_config: ModelConfig,
+        config: StreamConfig,
+        stop_ids: frozenset[int],
+        pad_id: int,
+        version: int = 0,
     ) -> None:
         vocabulary = model_config.vocab_size
         outside = sorted(i for i in {*stop_ids, pad_id} if not 0 <= i < vocabulary)
@@ -134,14 +143,19 @@ class StreamEngine:
         self._programs = _programs(model_config, config.max_length, config.burst, config.alternatives)
         self._stop_ids = jnp.array(sorted(stop_ids) or [-1], jnp.int32)
         self._lock = threading.Lock()
-        self._weights = (jax.tree.map(jnp.copy, params), 0)
-        self._kept_version = 0  # of the weights that computed what free slots hold
+        self._weights = (jax.tree.map(jnp.copy, params), int(version))
+        self._kept_version = int(version)  # of the weights that computed what free slots hold
         self._reset()
 
     @property
     def compilations(self) -> int:
         """How many shapes were compiled so far, by all engines with the same static configuration."""
         return self._programs.traces
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next burst samples from."""
+        return self._weights[1]
 
     @property
     def free_slots(self) -> int:
@@ -193,6 +207,14 @@ class StreamEngine:
         """Releases a slot; what it holds stays until another prompt needs the place. Idempotent."""
         self._slots[slot] = None
 
+    def forget(self) -> None:
+        """Freed slots hold nothing any more, as in a new engine: what follows does not depend on what came before.
+        Call it while no slot is in use."""
+        if self.free_slots != self.config.slots:
+            raise EngineError("forget: expected no slot in use")
+        self._shareable = np.zeros(self.config.slots, bool)
+        self._used, self._clock = [0] * self.config.slots, 0
+
     def shares_soon(self, prompt: np.ndarray) -> bool:
         """Whether a slot is just prefilling a prompt that starts as this one does: waiting for it saves the work."""
         for index, slot in enumerate(self._slots):
@@ -210,11 +232,14 @@ class StreamEngine:
         A long prompt thus delays the others by one append of the largest bucket, never by all of itself. After an
         exception all slots are free and empty.
         """
+        started = time.perf_counter()
         with self._lock:
             params, version = self._weights
         try:
             self._prefill(params)
-            return self._decode(params, version)
+            bursts = self._decode(params, version)
+            self.stats.seconds += time.perf_counter() - started
+            return bursts
         except BaseException:  # the donated state is gone
             self._reset()
             raise

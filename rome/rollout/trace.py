@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,18 @@ class Trace:
         with self._lock:
             self._spans.append(Span(lane, name, start, seconds, arguments))
 
+    def merge(self, spans: Iterable[Span], prefix: str, later: float) -> None:
+        """Spans of another process, whose clock shows `later` seconds less than this one's; in lanes of their own."""
+        moved = [span._replace(lane=f"{prefix}: {span.lane}", start=span.start + later) for span in spans]
+        with self._lock:
+            self._spans += moved
+
+    def drain(self) -> list[Span]:
+        """The spans so far, which it forgets."""
+        with self._lock:
+            spans, self._spans = self._spans, []
+            return spans
+
     @property
     def spans(self) -> list[Span]:
         """In the order in which they ended."""
@@ -57,7 +70,7 @@ class Trace:
         events += [
             {
                 "ph": "X",
-                "cat": span.lane.split(" ")[0],
+                "cat": _parts(span.lane)[1],
                 "name": span.name,
                 "pid": 1,
                 "tid": lanes[span.lane],
@@ -70,9 +83,16 @@ class Trace:
         atomic_write(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
-def _lane_order(lane: str) -> tuple[int, str, int]:
-    """The trainer and the engine first; "slot 10" after "slot 9"."""
-    kind, _, number = lane.partition(" ")
+def _parts(lane: str) -> tuple[str, str, str]:
+    """(process, kind, number) of "host 1: slot 12" or "slot 12"."""
+    process, _, name = lane.rpartition(": ")
+    kind, _, number = name.partition(" ")
+    return process, kind, number
+
+
+def _lane_order(lane: str) -> tuple[str, int, str, int]:
+    """This process first; in each the trainer and the engine first; "slot 10" after "slot 9"."""
+    process, kind, number = _parts(lane)
     first = ("train", "decode", "slot", "reward")
     place = first.index(kind) if kind in first else len(first)
-    return place, kind, int(number) if number.isdigit() else 0
+    return process, place, kind, int(number) if number.isdigit() else 0

@@ -22,6 +22,7 @@ from rome.rollout import (
     SampleBuffer,
     Trace,
 )
+from rome.rollout.sync import num_bytes, update_of
 from rome.training.resampling import Expert, Resampler, Start, experts_to_imitate
 from rome.training.settings import RunSettings
 from rome.trajectory import Trajectory
@@ -61,6 +62,9 @@ class GroupSource:
     With `mesh.multiplex`, rollouts have left the training devices when `batch` returns, with all that is in flight, and
     are back on all devices when `publish` does.
 
+    With `rollout.filter_groups` > 0 the buffer drops groups without variance; others are sampled in their place, and
+    the sampler learns of their success all the same.
+
     With `resampling.fraction` > 0 some groups start from the prefix of an expert instead (see
     `rome.training.resampling`); `demonstrations` are the experts. What the last batch asks to imitate is in `experts`.
     """
@@ -74,7 +78,7 @@ class GroupSource:
         pool: HostPool | None = None,
     ) -> None:
         self._settings, self._runner, self._pool, self.sampler = settings, runner, pool, sampler
-        self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups)
+        self.buffer = SampleBuffer(settings.rollout.async_ratio, settings.rl.groups, settings.rollout.filter_groups)
         # experts that leave no room for a token of the policy, or fit in no row, are none
         fitting = (
             t
@@ -85,6 +89,9 @@ class GroupSource:
         self.experts: list[Expert] = []
         self._resampling_metrics: dict[str, float] = {}
         self._move_metrics: dict[str, float] = {}
+        self._sync_metrics: dict[str, float] = {}
+        self._filtered_rates: list[float] = []  # success of groups filtered since the last batch
+        self._filter_metrics: dict[str, float] = {}
         self._lock = threading.Lock()  # of the sampler, the resampler and what is pending: rollouts draw requests
         self._pending: dict[str, Pending] = {}
         self._retry: list[str] = []
@@ -121,16 +128,19 @@ class GroupSource:
 
     def _record(self, groups: list[list[Trajectory]]) -> None:
         """Tells the sampler, or the resampler, what became of their groups."""
+        self._record_filtered()
+        rates, self._filtered_rates = self._filtered_rates, []
         resampled, forks = [], []
         for group in groups:
             spec, start = self._pending.pop(group[0].group_id)
             if start is None:
-                self.sampler.record(spec.family, spec.horizon, sum(t.succeeded for t in group) / len(group))
-                self._resampler.observe(group)
+                rates.append(self._observe(spec, group))
             else:
                 resampled.append((start, group))
                 forks += [fork.prefix / len(start.expert.chunks) for fork in self._resampler.record(start, group)]
         self.experts = experts_to_imitate(self._settings.ipa.imitation, resampled)
+        if self.buffer.filter_groups and rates:
+            self._filter_metrics = {"rollout/success": sum(rates) / len(rates)}
         self._resampling_metrics = {}
         if resampled:
             samples = [t for _, group in resampled for t in group]
@@ -142,6 +152,18 @@ class GroupSource:
                 **({"resampling/crucial_position": sum(forks) / len(forks)} if forks else {}),
             }
 
+    def _record_filtered(self) -> None:
+        """Groups that the buffer filtered are finished: no batch will hold them."""
+        for group in self.buffer.take_filtered():
+            self._filtered_rates.append(self._observe(self._pending.pop(group[0].group_id).spec, group))
+
+    def _observe(self, spec: TaskSpec, group: list[Trajectory]) -> float:
+        """Takes in a group from the initial state; returns its success rate."""
+        rate = success_rate(group)
+        self.sampler.record(spec.family, spec.horizon, rate)
+        self._resampler.observe(group)
+        return rate
+
     @property
     def stats(self) -> RolloutTotals:
         """What this process's runner and the hosts did so far."""
@@ -152,18 +174,22 @@ class GroupSource:
 
     @property
     def trace(self) -> Trace | None:
-        """Where this process's rollouts write down what happens when; None: nowhere."""
+        """Where rollouts, those of hosts too, write down what happens when; None: nowhere."""
         return self._runner.trace
 
     @trace.setter
     def trace(self, trace: Trace | None) -> None:
         self._runner.trace = trace
+        if self._pool is not None:
+            self._pool.trace = trace
 
     def publish(self, params: Any, version: int) -> None:
-        """New weights for whatever rolls out."""
-        self._runner.engine.update_params(params, version)
+        """New weights for whatever rolls out; of `Adapted` ones, only the adapters travel."""
+        started, update = time.monotonic(), update_of(params)
+        self._runner.update_weights(params, version)
         if self._pool is not None:
-            self._pool.publish(params, version)
+            self._pool.publish(update, version)
+        self._sync_metrics = {"time/sync": time.monotonic() - started, "sync/bytes": float(num_bytes(update))}
         self.buffer.set_version(version)
         self._move(WIDE, "time/expand")
 
@@ -186,9 +212,14 @@ class GroupSource:
         return {
             "buffer/dropped_stale": float(counts.dropped_stale),
             "buffer/dropped_with_group": float(counts.dropped_with_group),
+            "buffer/filtered_solved": float(counts.filtered_solved),
+            "buffer/filtered_failed": float(counts.filtered_failed),
             **self._lost(),
+            **self._filter_metrics,
             **self._resampling_metrics,
             **self._move_metrics,
+            **self._sync_metrics,
+            **({"time/sync_host": self.stats.swap_seconds} if self._pool is not None else {}),
             **(self._resampler.metrics() if self._settings.resampling.fraction else {}),
         }
 
@@ -210,6 +241,8 @@ class GroupSource:
             background, self._background = self._background, None
             background.stop()
             self.buffer.take_discarded()  # by now only this list of pending ones knows what is to be sampled again
+            with self._lock:
+                self._record_filtered()
             self._retry = self._unbuffered()
 
     def state_dict(self) -> tuple[dict[str, Any], bytes]:
@@ -233,6 +266,7 @@ class GroupSource:
         }
         self._lost_before = {str(name): float(count) for name, count in cursor["lost"].items()}
         self.buffer.load_state_dict(state["buffer"])
+        self._record_filtered()
         self._retry = self._unbuffered()
 
     def _unbuffered(self) -> list[str]:
@@ -277,6 +311,12 @@ class GroupSource:
             self._pending.pop(name, None)
 
 
+def success_rate(group: Sequence[Trajectory]) -> float:
+    """Of a group's rollouts; the segments of one (`MessageTree`) count once."""
+    rollouts = {t.id.partition("~")[0]: t.succeeded for t in group}
+    return sum(rollouts.values()) / len(rollouts)
+
+
 def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, float]:
     """What a batch of groups looks like: staleness of all; success and lengths of those from the initial state."""
     staleness = [version - t.start_version for group in groups for t in group]
@@ -287,7 +327,7 @@ def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, f
         return ages
     samples = [t for group in groups for t in group]
     count = len(samples)
-    rates = [sum(t.succeeded for t in group) / len(group) for group in groups]
+    rates = [success_rate(group) for group in groups]
     return {
         "train/success": sum(rates) / len(rates),
         "train/reward_mean": sum(float(t.final_reward or 0.0) for t in samples) / count,

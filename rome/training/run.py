@@ -21,7 +21,7 @@ from rome.data import TaskSampler, collect_episodes, fixed_tasks, tokenize_episo
 from rome.data.sampler import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, SEEDS_PER_RUN
 from rome.files import atomic_write
 from rome.models import init_induction, init_params, param_specs, train_tokenizer
-from rome.models.lora import adapt, merge
+from rome.models.lora import Adapted, adapt
 from rome.models.sharding import param_shardings
 from rome.rollout import HostPool, RolloutRunner, Trace
 from rome.training.checkpoint import Checkpointer
@@ -82,7 +82,6 @@ class Run:
         self.writer, self.progress, self.checkpointer = writer, progress, checkpointer
         self.mesh, self.rollout_meshes = make_meshes(settings.mesh)
         self.key = jax.random.key(settings.seed)
-        self._merge = jax.jit(merge) if settings.rl.lora.rank else lambda params: params
         self.results: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -241,8 +240,9 @@ class Run:
         )
         trainer.warmup(state)
         params = self._rollout_params(state.params)
+        apart = self.mesh is not None or self.rollout_meshes != (None,)  # rollouts have devices of their own
         with contextlib.ExitStack() as stack:
-            runner = stack.enter_context(make_runner(s, self.model, self.renderer, params, start))
+            runner = stack.enter_context(make_runner(s, self.model, self.renderer, params, start, apart))
             pool = stack.enter_context(self._hosts(params, start)) if s.rollout.hosts else None
             source = GroupSource(s, runner, sampler, self.demonstrations, pool)
             if s.mesh.multiplex:
@@ -272,9 +272,11 @@ class Run:
         return HostPool(make, params, version, self.settings.rollout.host_config())
 
     def _rollout_params(self, params: Any) -> Any:
-        """The weights as the engine wants them: in the model's dtype. Those for a mesh it puts there itself."""
+        """The weights as the engine wants them: in the model's dtype. Those for a mesh it puts there itself, and those
+        with adapters it merges itself."""
+        if isinstance(params, Adapted):
+            return params
         serving = dataclasses.replace(self.model, param_dtype=self.model.dtype)
-        params = self._merge(params)
         if serving != self.model:
             params = jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), params)
         if self.rollout_meshes == (None,) and (self.mesh is not None or serving != self.model):

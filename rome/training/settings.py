@@ -106,9 +106,38 @@ class CopySettings:
 
 
 @dataclass(frozen=True)
+class NativeSettings:
+    """Agents that are programs in the sandbox (`rollout.agent` "native"; see `rome.rollout.native`).
+
+    Attributes:
+      program: a file of this machine, which is copied into the sandbox; empty: `rome/rollout/shell_agent.py`.
+      command: that starts it there; `{program}` is its path.
+      seconds: it is stopped after so long, and judged. request_seconds: for one answer of the model.
+      workers: rollouts at once.
+    """
+
+    program: str = ""
+    command: str = "python3 {program}"
+    seconds: float = 120.0
+    request_seconds: float = 60.0
+    workers: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least(self, seconds=0.1, request_seconds=0.1, workers=1)
+        if "{program}" not in self.command:
+            raise ValueError(f"command: expected one that holds {{program}}, found {self.command!r}")
+
+
+@dataclass(frozen=True)
 class RolloutSettings:
-    """`async_ratio`: the staleness bound, 0 is synchronous; `hosts`: Ray actors that roll out, 0 is in this process;
-    `host_*` as in `HostConfig`; the rest as in `RolloutConfig`."""
+    """Attributes:
+    async_ratio: the staleness bound, 0 is synchronous.
+    hosts: Ray actors that roll out, 0 is in this process; `host_*` as in `HostConfig`.
+    filter_groups: how many groups a step, at most, are dropped and replaced because all of their samples have one
+      reward (see `SampleBuffer`).
+    agent: who acts: "loop" (this process runs the tool calls) or "native" (a program in the sandbox asks the policy).
+    The rest as in `RolloutConfig`.
+    """
 
     async_ratio: float = 0.0
     allow_unmasked: bool = False
@@ -119,11 +148,16 @@ class RolloutSettings:
     env_threads: int = 16
     max_retries: int = 3
     redundancy: int = 0
+    filter_groups: int = 0
     batch_seconds: float = 600.0
     deadlines: Deadlines = field(default_factory=Deadlines)
+    agent: str = "loop"
+    native: NativeSettings = field(default_factory=NativeSettings)
 
     def __post_init__(self) -> None:
-        _at_least(self, batch_seconds=0, hosts=0)
+        if self.agent not in ("loop", "native"):
+            raise ValueError(f"agent: expected 'loop' or 'native', found {self.agent!r}")
+        _at_least(self, batch_seconds=0, hosts=0, filter_groups=0)
         self.runner()
         if self.hosts:
             self.host_config()
@@ -280,6 +314,11 @@ class RunSettings:
                 "mesh.multiplex: expected rollout.async_ratio > 0 (rollouts go on while training has its devices) and "
                 f"rollout.hosts = 0, found {self.rollout.async_ratio:g} and {self.rollout.hosts}"
             )
+        if self.rollout.filter_groups and self.rl.group_size < 2:
+            raise ValueError(
+                "rollout.filter_groups: expected 0 with rl.group_size = 1 (a single sample never differs), "
+                f"found {self.rollout.filter_groups}"
+            )
         shards = self.mesh.train.context * self.mesh.train.tensor
         _multiple("rl.row_length", self.rl.row_length, "mesh.train context × tensor", shards)
         if self.rl.max_chunks < self.environment.max_chunks:
@@ -289,6 +328,8 @@ class RunSettings:
             )
         if self.rl.router_replay and not self.engine.record_experts:
             raise ValueError("rl.router_replay: expected engine.record_experts to be True too, found False")
+        if self.rollout.agent == "native":
+            self._check_native()
         own = {"vocab_size": self.vocab_size, "digits_per_token": self.digits_per_token}
         for name, value in own.items():
             if (value is None) != self.starts_pretrained:
@@ -305,6 +346,21 @@ class RunSettings:
                 "ipa.imitation: expected off, or resampling.fraction > 0 from demonstrations (there is nobody else to "
                 f"imitate), found {self.ipa.imitation!r}"
             )
+
+    def _check_native(self) -> None:
+        """What an agent that is a program of its own can't be combined with."""
+        needed = {
+            "rollout.async_ratio": (self.rollout.async_ratio, 0),
+            "rollout.hosts": (self.rollout.hosts, 0),
+            "mesh.rollout's devices": (self.mesh.rollout.size, 1),
+            "resampling.fraction": (self.resampling.fraction, 0),
+            "engine.record_experts": (self.engine.record_experts, False),
+            "reward": ("the verifier's alone" if self.reward.is_verifier_alone else "a mix", "the verifier's alone"),
+            "model.pretrained": (self.model.get("pretrained"), None),
+        }
+        for name, (found, expected) in needed.items():
+            if found != expected:
+                raise ValueError(f"{name}: expected {expected} with rollout.agent = 'native', found {found}")
 
     @property
     def starts_pretrained(self) -> bool:

@@ -349,6 +349,7 @@ def test_resampling_from_prefixes_resumes_exactly(environment, tmp_path):
 def test_asynchronous_run_ends_and_resumes(environment, tmp_path):
     """Staleness stays within the ratio; with two updates a batch, ratios leave 1."""
     arguments = ["--config.rollout.async_ratio=1", "--config.rl.steps=6", "--config.rl.updates_per_batch=2"]
+    arguments += ["--config.rollout.filter_groups=1"]
     run = Run(tmp_path / "run", environment, *arguments)
     run.halt(has_record(run, "ipa", 3))
     footprint = Footprint(run)
@@ -367,14 +368,38 @@ def test_asynchronous_run_ends_and_resumes(environment, tmp_path):
     assert [record["step"] for record in ipa] == [1, 2, 3, 4, 5, 6]
     assert all(record["buffer/staleness_max"] <= 1 for record in ipa)
     assert any(record["buffer/staleness_max"] == 1 for record in ipa)
+    assert 4 <= ipa[-1]["buffer/filtered_failed"] <= 8  # one between two batches; the policy hardly ever succeeds
     assert all(record["compile/programs"] == 0 for record in ipa)
     assert any(record["ratio/token_max"] != 1.0 for record in ipa)  # the second update is off-policy
     assert set(json.loads((tmp_path / "run" / "result.json").read_text())) == {"warm_start", "final"}
 
 
+def test_an_agent_that_is_a_program_is_trained_and_resumes_exactly(environment, tmp_path):
+    """The whole run halts once; a copy of what a kill would have left there ends as the run itself does."""
+    arguments = ["--config.rollout.agent=native", "--config.rl.steps=3", "--config.checkpoint.every=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run = Run(whole, environment, *arguments)
+    run.halt(has_record(run, "ipa", 2))
+    footprint = Footprint(run)
+    shutil.copytree(whole, killed)
+    run.send(signal.SIGCONT)
+    code, output = run.wait()
+    assert code == 0, output
+    footprint.assert_gone(2.0)
+    ipa = [record for record in records(whole) if record["stage"] == "ipa"]
+    assert max(record["rollout/chunks_mean"] for record in ipa) > 1.2
+    assert all(record["train/grad_norm"] > 0 for record in ipa)
+    assert all(record["mismatch/chunk_mean"] == pytest.approx(1.0, abs=1e-3) for record in ipa)
+    assert [record["compile/programs"] for record in ipa] == [0.0] * 3
+    assert "continuing at ipa step 1" in finished(killed, environment, *arguments)
+    assert records(killed) == records(whole)
+
+
 def test_a_run_on_ray_hosts_goes_on_when_one_is_killed_and_leaves_nothing_behind(environment, tmp_path):
+    """It trains adapters, and nothing else goes to the hosts."""
     pytest.importorskip("ray")
     arguments = ["--config.rollout.hosts=2", "--config.rollout.async_ratio=2", "--config.rl.steps=8"]
+    arguments += ["--config.rl.lora.rank=1", "--config.rl.lora.targets=wq"]
     run = Run(tmp_path / "run", environment, *arguments)
     run.halt(has_record(run, "ipa", 2))
     processes = psutil.Process(run.process.pid).children(recursive=True)
@@ -393,6 +418,9 @@ def test_a_run_on_ray_hosts_goes_on_when_one_is_killed_and_leaves_nothing_behind
     ipa = [record for record in records(tmp_path / "run") if record["stage"] == "ipa"]
     assert [record["step"] for record in ipa] == list(range(1, 9))
     assert ipa[-1]["rollout/lost_hosts"] == 1
+    layers, inputs, outputs = 2, 32, 2 * 16
+    assert {record["sync/bytes"] for record in ipa} == {4.0 * layers * (inputs + outputs)}
+    assert all(record["train/grad_norm"] > 0 for record in ipa)
     assert all(record["buffer/staleness_max"] <= 2 for record in ipa)
     assert sum(record["compile/programs"] for record in ipa) == 0
 
@@ -412,6 +440,7 @@ def test_multiplexing_lends_devices_to_training_at_every_step(environment, tmp_p
         "--config.sft.steps=8",
         "--config.demonstrations.count=8",
         "--config.checkpoint.every=3",
+        "--config.rl.lora.rank=1",  # its base lies on the devices that always roll out
     ]
     run = Run(tmp_path / "run", {**environment, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, *arguments)
     code, output = run.wait(280)

@@ -88,6 +88,7 @@ class Journal:
     step_fault: Any = None
     close_fault: Any = None
     observation_tokens: int = 0
+    reward: float | None = None  # of every episode; None: it follows from the history
     opened: int = 0
     closed: int = 0
     calls: Counter = field(default_factory=Counter)
@@ -122,6 +123,8 @@ class ToyEnv:
         over = "<tool_call>" not in action
         cut = not over and self.steps >= self.max_chunks
         reward = float(numbers(self.history, 1)[0] % 2) if over or cut else 0.0
+        if self.journal.reward is not None and (over or cut):
+            reward = self.journal.reward
         words = self.journal.observation_tokens or 1 + numbers(self.history, 1)[0] % 6
         return self._say(words), reward, over, cut, {"error": self.steps == 2}
 

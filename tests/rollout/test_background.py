@@ -6,10 +6,14 @@ import itertools
 import threading
 import time
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rollout_toys import Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
 from waiting import wait_until
 
+from rome.envs import EnvFailure
 from rome.rollout import (
     BackgroundRollouts,
     BufferClosed,
@@ -19,6 +23,7 @@ from rome.rollout import (
     RolloutRunner,
     SampleBuffer,
 )
+from rome.trajectory import Status
 
 WAIT = 60.0
 
@@ -28,14 +33,14 @@ def endless(size=2):
         yield GroupRequest(toy_task(f"t{index}"), f"g{index}", size, index)
 
 
-def make(journal=None, ratio=1.0, batch=2, requests=None, **config):
+def make(journal=None, ratio=1.0, batch=2, requests=None, filter_groups=0, **config):
     journal = journal or Journal()
     engine = toy_engine()
     engine.warmup()
     deadlines = Deadlines(reset=20, step=20, verify=20, close=20)
-    settings = RolloutConfig(**{"env_threads": 4, "deadlines": deadlines, **config})
-    runner = RolloutRunner(engine, ToyRenderer(), lambda: ToyEnv(journal), settings)
-    buffer = SampleBuffer(ratio, batch)
+    rollout = RolloutConfig(**{"env_threads": 4, "deadlines": deadlines, **config})
+    runner = RolloutRunner(engine, ToyRenderer(), lambda: ToyEnv(journal), rollout)
+    buffer = SampleBuffer(ratio, batch, filter_groups)
     return BackgroundRollouts(runner, buffer, requests or endless()), buffer, runner, journal
 
 
@@ -213,6 +218,61 @@ def test_gather_seconds_waits_for_company():
         return runner.engine.stats.turns
 
     assert turns(1.0) < turns(0.0)
+
+
+def test_filtered_groups_are_replaced_at_once_and_within_bounds():
+    """Every group is worth the same here: as many as the limit says are dropped at each step, and no more."""
+    rollouts, buffer, runner, _ = make(Journal(reward=1.0), ratio=1.0, batch=2, filter_groups=3)
+    with runner, rollouts:
+        for step in range(3):
+            assert len(buffer.get_batch(2, step, timeout=WAIT)) == 2
+            runner.engine.update_params(toy_params(step % 2), step + 1)
+            wait_until(lambda step=step: buffer.stats.filtered_solved == 3 * (step + 2))
+    assert len(buffer.take_filtered()) == 12
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**16),
+    ratio=st.sampled_from([0.5, 1.0, 2.0]),
+    filter_groups=st.integers(0, 3),
+    redundancy=st.integers(0, 1),
+)
+def test_whatever_fails_the_trainer_is_fed(seed, ratio, filter_groups, redundancy):
+    """Environments fail, hang and answer late, at random; weights change; groups are filtered: no deadlock, no stale
+    sample, no group twice, no sample without its typed reason."""
+    rng, lock = np.random.default_rng(seed), threading.Lock()
+
+    def misbehave(env):
+        with lock:
+            draw = rng.random()
+        if draw < 0.05:
+            raise EnvFailure(Status.INFRA_FAILURE, "gone")
+        if draw < 0.08:
+            raise EnvFailure(Status.VERIFIER_FAILURE, "no verdict")
+        if draw < 0.1:
+            time.sleep(0.6)  # twice the deadline
+
+    journal = Journal(jitter=0.002, reset_fault=misbehave, step_fault=misbehave)
+    deadlines = Deadlines(reset=0.3, step=0.3, verify=0.3, close=20)
+    rollouts, buffer, runner, _ = make(
+        journal, ratio, 2, None, filter_groups, redundancy=redundancy, deadlines=deadlines, max_retries=50
+    )
+    names = []
+    with runner, rollouts:
+        for step in range(4):
+            for group in buffer.get_batch(2, step, timeout=WAIT):
+                names.append(group[0].group_id)
+                assert [t.status.is_reliable for t in group] == [True] * 2
+                assert all(0 <= step - t.start_version <= ratio for t in group)
+            runner.engine.update_params(toy_params(step % 2), step + 1)
+    filtered = [g[0].group_id for g in buffer.take_filtered()]
+    assert len(filtered) == buffer.stats.filtered_solved + buffer.stats.filtered_failed <= 5 * filter_groups
+    assert len({*names, *filtered}) == len(names) + len(filtered)
+    assert sum(runner.stats.failures.values()) >= runner.stats.resampled
+    assert {name.split("/")[0] for name in runner.stats.failures} <= {"infra_failure", "verifier_failure", "timeout"}
+    assert not runner.stats.dropped_groups
+    wait_until(lambda: journal.opened == journal.closed)
 
 
 def test_a_ratio_of_zero_is_refused():

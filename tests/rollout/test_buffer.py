@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -14,30 +15,48 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from rome.rollout import BufferClosed, BufferTimeout, SampleBuffer
+from rome.rollout.buffer import has_one_reward
 from rome.trajectory import Chunk, Observation, Status, Task, Trajectory
 
 
-def sample(group: str, index: int, version: int, status: Status = Status.COMPLETED) -> Trajectory:
+def sample(
+    group: str, index: int, version: int, status: Status = Status.COMPLETED, reward: float = 1.0, prefix: int = 0
+) -> Trajectory:
     tokens = np.array([1, 2, 3], np.int32)
     chunk = Chunk(f"{group}/{index}#0", tokens, np.full(3, -0.5, np.float32), np.full(3, version, np.int32))
-    reward = 1.0 if status.is_reliable else None
     prompt = Observation(np.array([4, 5], np.int32))
-    return Trajectory(f"{group}/{index}", group, Task("t", "do"), 0, prompt, (chunk,), (), reward, status, version)
+    return Trajectory(
+        id=f"{group}/{index}",
+        group_id=group,
+        task=Task("t", "do"),
+        seed=0,
+        prompt=prompt,
+        chunks=(chunk,),
+        observations=(),
+        final_reward=reward if status.is_reliable else None,
+        status=status,
+        start_version=version,
+        prefix_chunks=prefix,
+    )
 
 
-def group(name: str, *versions: int) -> list[Trajectory]:
-    return [sample(name, index, version) for index, version in enumerate(versions)]
+def group(name: str, *versions: int, reward: float | None = 1.0) -> list[Trajectory]:
+    """One reward for all samples, or (None) another for each."""
+    rewards = [float(index) if reward is None else reward for index in range(len(versions))]
+    return [sample(name, index, version, reward=rewards[index]) for index, version in enumerate(versions)]
 
 
 class BufferMachine(RuleBasedStateMachine):
-    """The buffer against a list of (id, versions) and the rule: discard when version − start > ratio."""
+    """The buffer against a list of (id, versions) and two rules: discard when version − start > ratio; filter a group
+    of one reward while no more than `filter` were since the last batch."""
 
-    @initialize(ratio=st.sampled_from([0, 0.5, 1, 1.5, 2, 3.25]), batch=st.integers(1, 3))
-    def start(self, ratio, batch):
-        self.ratio, self.batch = ratio, batch
-        self.buffer = SampleBuffer(ratio, batch)
+    @initialize(ratio=st.sampled_from([0, 0.5, 1, 1.5, 2, 3.25]), batch=st.integers(1, 3), limit=st.integers(0, 3))
+    def start(self, ratio, batch, limit):
+        self.ratio, self.batch, self.filter = ratio, batch, limit
+        self.buffer = SampleBuffer(ratio, batch, limit)
+        self.filtered, self.filtered_since = [], 0
         self.model, self.discarded, self.version, self.made = [], [], 0, 0
-        self.counts = {"stale": 0, "companions": 0, "in": 0, "out": 0}
+        self.counts = {"stale": 0, "companions": 0, "in": 0, "out": 0, "solved": 0, "failed": 0}
 
     def expire(self):
         kept = []
@@ -51,16 +70,23 @@ class BufferMachine(RuleBasedStateMachine):
                 kept.append((name, versions))
         self.model = kept
 
-    @rule(ages=st.lists(st.integers(0, 4), min_size=1, max_size=3))
-    def put(self, ages):
+    @rule(ages=st.lists(st.integers(0, 4), min_size=1, max_size=3), reward=st.sampled_from([None, 0.0, 1.0]))
+    def put(self, ages, reward):
         versions = [max(0, self.version - age) for age in ages]
         name = f"g{self.made}"
+        if self.filtered_since < self.filter and (reward is not None or len(ages) == 1):
+            self.made += 1
+            self.buffer.put_group(group(name, *versions, reward=reward))  # whether there is room or not
+            self.filtered.append(name)
+            self.filtered_since += 1
+            self.counts["solved" if reward else "failed"] += 1
+            return
         if len(self.model) >= math.ceil((1 + self.ratio) * self.batch):
             with pytest.raises(BufferTimeout):
-                self.buffer.put_group(group(name, *versions))
+                self.buffer.put_group(group(name, *versions, reward=reward))
             return
         self.made += 1
-        self.buffer.put_group(group(name, *versions))
+        self.buffer.put_group(group(name, *versions, reward=reward))
         self.counts["in"] += 1
         self.model.append((name, versions))
         self.expire()
@@ -83,6 +109,7 @@ class BufferMachine(RuleBasedStateMachine):
         batch = self.buffer.get_batch(size, self.version)
         expected, self.model = self.model[:size], self.model[size:]
         self.counts["out"] += size
+        self.filtered_since = 0
         assert [(g[0].group_id, [t.start_version for t in g]) for g in batch] == [(n, v) for n, v in expected]
         assert all(self.version - t.start_version <= self.ratio for g in batch for t in g)
 
@@ -92,9 +119,14 @@ class BufferMachine(RuleBasedStateMachine):
         self.discarded = []
 
     @rule()
+    def collect_filtered(self):
+        assert [g[0].group_id for g in self.buffer.take_filtered()] == self.filtered
+        self.filtered = []
+
+    @rule()
     def checkpoint_and_resume(self):
         state = msgpack.unpackb(msgpack.packb(self.buffer.state_dict()))
-        self.buffer = SampleBuffer(self.ratio, self.batch)
+        self.buffer = SampleBuffer(self.ratio, self.batch, self.filter)
         self.buffer.load_state_dict(state)
 
     @invariant()
@@ -104,6 +136,7 @@ class BufferMachine(RuleBasedStateMachine):
         assert len(self.buffer) <= self.buffer.capacity
         assert self.buffer.staleness() == [self.version - v for _, versions in self.model for v in versions]
         assert (stats.dropped_stale, stats.dropped_with_group) == (self.counts["stale"], self.counts["companions"])
+        assert (stats.filtered_solved, stats.filtered_failed) == (self.counts["solved"], self.counts["failed"])
         assert (stats.groups_in, stats.groups_out) == (self.counts["in"], self.counts["out"])
         assert stats.groups_in == stats.groups_out + stats.dropped_groups + len(self.model)
 
@@ -123,6 +156,34 @@ def test_one_stale_sample_takes_its_group_along_and_both_are_counted():
     assert buffer.take_discarded() == ["mixed"]
     assert buffer.take_discarded() == []
     assert (buffer.stats.dropped_stale, buffer.stats.dropped_with_group) == (1, 2)
+
+
+def test_a_group_of_one_reward_is_filtered_up_to_the_limit_of_a_step():
+    buffer = SampleBuffer(0, 1, filter_groups=2)
+    for name, reward in (("solved", 1.0), ("failed", 0.0)):
+        buffer.put_group(group(name, 0, 0, reward=reward))
+    assert buffer.group_ids() == []
+    buffer.put_group(group("third", 0, 0))  # a solved set of tasks starves nobody
+    assert buffer.group_ids() == ["third"]
+    buffer.get_batch(1, 0)
+    buffer.put_group(group("next step", 0, 0))
+    buffer.put_group(group("mixed", 0, 0, reward=None))
+    assert buffer.group_ids() == ["mixed"]
+    assert (buffer.stats.filtered_solved, buffer.stats.filtered_failed) == (2, 1)
+    assert [[t.group_id for t in g] for g in buffer.take_filtered()] == [
+        ["solved"] * 2,
+        ["failed"] * 2,
+        ["next step"] * 2,
+    ]
+
+
+def test_what_tells_samples_of_a_group_apart():
+    assert has_one_reward(group("g", 0, 0))
+    assert not has_one_reward(group("g", 0, 0, reward=None))
+    a, b = group("g", 0, 0)
+    assert not has_one_reward([a, dataclasses.replace(b, intrinsic_rewards=np.array([-0.1], np.float32))])
+    # where the next prefix ends depends on them
+    assert not has_one_reward([sample("g", index, 0, prefix=1) for index in range(2)])
 
 
 def test_a_fractional_ratio_bounds_the_gap_and_sizes_the_buffer():
@@ -180,9 +241,10 @@ def test_what_can_not_be_trained_on_is_not_admitted():
     buffer.set_version(3)
     with pytest.raises(ValueError, match="current_version"):
         buffer.get_batch(1, 2)
-    for ratio, batch, name in [(-1, 1, "async_ratio"), (float("nan"), 1, "async_ratio"), (1, 0, "batch_groups")]:
+    wrong = [(-1, 1, 0, "async_ratio"), (float("nan"), 1, 0, "async_ratio"), (1, 0, 0, "batch_groups")]
+    for *arguments, name in [*wrong, (1, 1, -1, "filter_groups")]:
         with pytest.raises(ValueError, match=name):
-            SampleBuffer(ratio, batch)
+            SampleBuffer(*arguments)
 
 
 def test_waiters_are_served_time_out_or_learn_of_the_failure():

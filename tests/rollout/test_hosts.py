@@ -9,13 +9,17 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import pytest
-from rollout_toys import Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
+from rollout_toys import MODEL, Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
 from waiting import wait_until
 
+from rome.models.lora import Adapted, LoraConfig, adapt, merge
 from rome.rollout import Deadlines, GroupRequest, RolloutConfig, RolloutRunner, SampleBuffer
 from rome.rollout.buffer import BufferClosed
 from rome.rollout.hosts import HostConfig, HostedRollouts, HostPool, HostsLost
+from rome.rollout.sync import AdapterMerger, update_of
+from rome.rollout.trace import Trace
 
 ray = pytest.importorskip("ray")
 WAIT = 240.0
@@ -45,11 +49,17 @@ class TracedEnv(ToyEnv):
 
 
 def make_runner(folder, seconds, params, version):
-    """Runs in the host. A file `broken` makes every host fail; one named `hang` makes one of them stop for ever."""
+    """Runs in the host, with merged weights if it is given adapters.
+
+    A file `broken` makes every host fail; one named `hang` makes one of them stop for ever."""
     if (folder / "broken").exists():
         raise RuntimeError("no policy for you")
     engine = toy_engine()
     engine.warmup()
+    merger = None
+    if isinstance(params, Adapted):
+        merger = AdapterMerger(params, MODEL)
+        params = merger(params)
     if version:
         engine.update_params(params, version)
     generate = engine.generate
@@ -64,7 +74,7 @@ def make_runner(folder, seconds, params, version):
     engine.generate = perhaps_hang
     deadlines = Deadlines(reset=60, step=60, verify=60, close=60)
     config = RolloutConfig(env_threads=4, deadlines=deadlines)
-    return RolloutRunner(engine, ToyRenderer(), lambda: TracedEnv(folder, seconds), config)
+    return RolloutRunner(engine, ToyRenderer(), lambda: TracedEnv(folder, seconds), config, merger=merger)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +98,10 @@ def pool(cluster, tmp_path_factory):
         yield made, folder
 
 
-def make_pool(folder, seconds=0.02, **config):
+def make_pool(folder, seconds=0.02, params=None, **config):
     settings = {"hosts": 2, "boot_seconds": WAIT, "silent_seconds": 60.0, **config}
     make = functools.partial(make_runner, folder, seconds)
-    return HostPool(make, toy_params(), 0, HostConfig(**settings))
+    return HostPool(make, params or toy_params(), 0, HostConfig(**settings))
 
 
 def endless(size=2):
@@ -130,9 +140,13 @@ def versions(pool):
 
 def test_hosts_feed_the_trainer_under_weights_that_change_and_close_their_environments(pool):
     pool, folder = pool
-    buffer = buffer_at(pool, 1.0)
+    buffer, trace, began = buffer_at(pool, 1.0), Trace(), time.monotonic()
+    pool.trace = trace
     with HostedRollouts(pool, buffer, endless()) as rollouts:
         groups = consume(buffer, 8, publish=pool.publish)
+        # what happened there comes with the answers, on the clock of this process
+        wait_until(lambda: {span.lane.partition(": ")[0] for span in trace.spans} == {"host 0", "host 1"})
+        pool.trace = None
         opened_by = {path.name.split("-")[1] for path in folder.glob("env-*")}
         unfinished = rollouts.stop()
     assert len({group[0].group_id for group in groups}) == 16
@@ -144,6 +158,8 @@ def test_hosts_feed_the_trainer_under_weights_that_change_and_close_their_enviro
     stats = pool.stats
     assert stats.decoded_tokens >= sum(len(c.tokens) for group in groups for t in group for c in t.chunks)
     assert 0 < stats.swap_seconds < WAIT
+    assert all(began <= span.start <= span.start + span.seconds <= time.monotonic() for span in trace.spans)
+    assert {"reset", "step"} <= {span.name for span in trace.spans}
 
 
 def test_the_pool_outlives_the_rollouts_and_the_same_request_gives_the_same_tokens_wherever_it_runs(pool):
@@ -201,6 +217,27 @@ def test_a_host_that_got_new_weights_before_it_booted_ends_up_with_them(pool):
         wait_until(lambda: versions(pool) == [last, last])
     time.sleep(0.5)
     assert versions(pool) == [last, last]
+
+
+def test_adapters_travel_alone_and_reach_a_host_that_replaces_another(cluster, tmp_path):
+    """The base goes to a host when it starts; its weights are those of the last update then."""
+    start = adapt(toy_params(), MODEL, LoraConfig(rank=2, targets=("wq", "lm_head")), jax.random.key(1))
+    later = start.replace(adapters=jax.tree.map(lambda leaf: leaf + 0.2, start.adapters))
+    engine = toy_engine()
+    engine.update_params(merge(later), 3)
+    requests = toy_requests(groups=2, size=2)
+    with RolloutRunner(engine, ToyRenderer(), lambda: ToyEnv(Journal())) as runner:
+        expected = {t.id: [c.tokens.tolist() for c in t.chunks] for g in runner.run(requests) for t in g}
+    with make_pool(tmp_path, seconds=0.0, params=start, hosts=1) as pool:
+        pool.publish(update_of(later), 3)
+        wait_until(lambda: versions(pool) == [3])
+        with HostedRollouts(pool, buffer_at(pool, 30.0), endless()):
+            os.kill(pids(pool)[0], signal.SIGKILL)
+            wait_until(lambda: pool.stats.lost_hosts == 1 and not pool.seats[0].booting)
+        buffer = buffer_at(pool, 1.0)
+        with HostedRollouts(pool, buffer, list(requests)):
+            groups = consume(buffer, 1)
+    assert {t.id: [c.tokens.tolist() for c in t.chunks] for g in groups for t in g} == expected
 
 
 def test_hosts_that_fail_again_and_again_end_the_run_with_the_reason(cluster, tmp_path):
