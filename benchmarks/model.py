@@ -163,7 +163,7 @@ def decoding(rounds: int, root: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     for rows in (1, 8, 32):
-        peers = dict.fromkeys(["ours", "hf", "llama-f32", "llama-q4"], sys.executable)
+        peers = dict.fromkeys(["ours", "ours-int8", "hf", "llama-f32", "llama-q4"], sys.executable)
         title = f"SmolLM2-135M, prompt of {len(prompt)}, {rows} row{'s' * (rows > 1)}"
         compare(title, f"decode{rows}", folder, peers, rounds, rows * 64)
 

@@ -85,7 +85,7 @@ def ours_logprob(folder: Path) -> Work:
     return work
 
 
-def ours_decode(folder: Path, rows: int) -> Work:
+def ours_decode(folder: Path, rows: int, precision: str = "model") -> Work:
     import numpy as np
 
     from rome.models.weights import load_pretrained
@@ -97,7 +97,13 @@ def ours_decode(folder: Path, rows: int) -> Work:
     prompt = np.array(prompt_of(folder), np.int32)
     size = len(prompt)
     settings = EngineConfig(
-        slots=rows, cohorts=1, max_length=size + NEW, extend_buckets=(size,), max_chunk_tokens=NEW, temperature=0.0
+        slots=rows,
+        cohorts=1,
+        max_length=size + NEW,
+        extend_buckets=(size,),
+        max_chunk_tokens=NEW,
+        temperature=0.0,
+        precision=precision,
     )
     never = frozenset([config.vocab_size - 1])  # a token that the model does not say
     engine = DecodeEngine(params, config, settings, never, 0)
@@ -215,6 +221,8 @@ def build(peer: str, task: str, folder: Path) -> Work:
         rows = int(task.removeprefix("decode"))
         if peer in ("llama-f32", "llama-q4"):
             return llama_decode(folder / ("f32.gguf" if peer == "llama-f32" else "q4_1.gguf"), rows)
+        if peer.startswith("ours-"):
+            return ours_decode(folder, rows, peer.removeprefix("ours-"))
         return {"ours": ours_decode, "hf": hf_decode}[peer](folder, rows)
     if peer.startswith("hf-"):
         return {"train": hf_train, "logprob": hf_logprob}[task](folder, peer.removeprefix("hf-"))

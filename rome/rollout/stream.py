@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rome.models import ModelConfig, extend, unstack_layers
-from rome.rollout.engine import EngineError, next_weights
 from rome.rollout.programs import DecodeState, append, empty_state
 from rome.rollout.sampling import RowSampling, sample_rows
+from rome.rollout.weights import PRECISIONS, EngineError, Publisher, check_version
 
 _SHARED_AT_LEAST = 16  # tokens; a shorter prefix of a busy slot is prefilled rather than copied
 
@@ -38,6 +38,7 @@ class StreamConfig:
     extend_buckets: tuple[int, ...] = (16, 128)
     burst: int = 4
     alternatives: int = 20
+    precision: str = "model"
 
     def __post_init__(self) -> None:
         buckets = tuple(self.extend_buckets)
@@ -48,6 +49,7 @@ class StreamConfig:
             "extend_buckets": (ascending, "ascending sizes of at least 1"),
             "burst": (self.burst >= 1, "at least 1"),
             "alternatives": (self.alternatives >= 1, "at least 1"),
+            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
         }
         for name, (valid, expected) in checks.items():
             if not valid:
@@ -129,12 +131,13 @@ class StreamEngine:
             raise EngineError(f"stop_ids, pad_id: expected ids below {vocabulary}, found {outside}")
         if config.alternatives > vocabulary:
             raise EngineError(f"alternatives: expected at most {vocabulary}, found {config.alternatives}")
-        self.config, self.model_config, self.pad_id = config, model_config, pad_id
+        self._publisher = Publisher(params, model_config, config.precision)
+        self.config, self.model_config, self.pad_id = config, self._publisher.model_config, pad_id
         self.stats = StreamStats()
-        self._programs = _programs(model_config, config.max_length, config.burst, config.alternatives)
+        self._programs = _programs(self.model_config, config.max_length, config.burst, config.alternatives)
         self._stop_ids = jnp.array(sorted(stop_ids) or [-1], jnp.int32)
         self._lock = threading.Lock()
-        self._weights = (jax.tree.map(jnp.copy, params), 0)
+        self._weights = (self._publisher.own(params), 0)
         self._kept_version = 0  # of the weights that computed what free slots hold
         self._reset()
 
@@ -152,7 +155,8 @@ class StreamEngine:
 
         Raises EngineError unless the version grows and shapes and dtypes stay.
         """
-        weights = next_weights(self._weights, params, version)
+        check_version(version, self._weights[1])
+        weights = (self._publisher.own(params), int(version))
         with self._lock:
             self._weights = weights
 
