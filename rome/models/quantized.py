@@ -4,8 +4,8 @@ w ≈ code · step, with code in −127..127 and step = max |w| / 127 over the i
 attention, of MLPs and of experts are quantised; embedding, output head, router, norms and biases stay.
 
 The step multiplies what comes out of the product, so the product reads one byte a weight. XLA's CPU compiler has a fast
-product of int8 by int8 but none of float32 by int8 (it would write all weights out as float32 first: eight times as slow
-as float32 weights). So on CPU the activations go in as two int8 each, hi + lo / 254 in units of their row's
+product of int8 by int8 but none of float32 by int8 (it writes all weights out as float32 first: eight times as slow as
+float32 weights). So on CPU the activations go in as two int8 each, hi + lo / 254 in units of their row's
 max |x| / 127, stacked as twice the rows: what they lose is below 2e-5 of the row's largest. Elsewhere the codes become
 the activations' type inside the product, which is exact.
 """
