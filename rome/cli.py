@@ -26,6 +26,7 @@ def serve(
     slots: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of prompt and answer. Default: the run's, or 2048.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of activations and cache, for a Hugging Face folder.")] = "float32",
+    precision: Annotated[str, typer.Option(help="Of the weights: model, bfloat16 (and cache), or int8.")] = "model",
     queue_limit: Annotated[int, typer.Option(help="Sequences that may wait for a slot; more get a 429.")] = 64,
     request_seconds: Annotated[float, typer.Option(help="Deadline of a request.")] = 600.0,
     drain_seconds: Annotated[float, typer.Option(help="How long running requests may go on after SIGTERM.")] = 30.0,
@@ -48,7 +49,7 @@ def serve(
         if config.max_position_embeddings and length > config.max_position_embeddings:
             raise ValueError(f"max_length: expected at most {config.max_position_embeddings}, found {length}")
         alternatives = min(20, config.vocab_size)
-        settings = StreamConfig(slots=slots, max_length=length, alternatives=alternatives)
+        settings = StreamConfig(slots, length, alternatives=alternatives, precision=precision)
         engine = StreamEngine(params, config, settings, chat.stop_ids, chat.pad_id)
         del params  # the engine has its own
     except (ValueError, OSError, RuntimeError) as error:  # what is wrong with the input, in one line

@@ -19,6 +19,7 @@ from typing import Any
 ROWS, LENGTH = 4, 256
 LEARNING_RATE, BETAS, EPSILON, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 1.0
 NEW = 64
+TURNS, CHUNK, OBSERVATION = 8, 16, 48  # of `turns`: a conversation, tokens of a chunk and of what is answered
 
 Work = Callable[[], Any]
 
@@ -85,7 +86,7 @@ def ours_logprob(folder: Path) -> Work:
     return work
 
 
-def ours_decode(folder: Path, rows: int) -> Work:
+def ours_decode(folder: Path, rows: int, precision: str = "model") -> Work:
     import numpy as np
 
     from rome.models.weights import load_pretrained
@@ -97,7 +98,13 @@ def ours_decode(folder: Path, rows: int) -> Work:
     prompt = np.array(prompt_of(folder), np.int32)
     size = len(prompt)
     settings = EngineConfig(
-        slots=rows, cohorts=1, max_length=size + NEW, extend_buckets=(size,), max_chunk_tokens=NEW, temperature=0.0
+        slots=rows,
+        cohorts=1,
+        max_length=size + NEW,
+        extend_buckets=(size,),
+        max_chunk_tokens=NEW,
+        temperature=0.0,
+        precision=precision,
     )
     never = frozenset([config.vocab_size - 1])  # a token that the model does not say
     engine = DecodeEngine(params, config, settings, never, 0)
@@ -112,6 +119,49 @@ def ours_decode(folder: Path, rows: int) -> Work:
             engine.free(slot)
         assert all(len(chunk.tokens) == NEW for chunk in sampled.values())
         return sampled[0].tokens.tolist()
+
+    return work
+
+
+def ours_turns(folder: Path) -> Work:
+    import numpy as np
+
+    from rome.models.weights import load_pretrained
+    from rome.rollout import DecodeEngine, EngineConfig
+    from rome.training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    config, params = load_pretrained(folder)
+    prompt = prompt_of(folder)
+    room = len(prompt) + TURNS * (CHUNK + OBSERVATION)
+    settings = EngineConfig(1, 1, room, (OBSERVATION + 1,), max_chunk_tokens=CHUNK, temperature=0.0)
+    engine = DecodeEngine(params, config, settings, frozenset([config.vocab_size - 1]), 0)
+    del params  # the engine has a copy
+    engine.warmup()
+
+    def say_next(history: list[int]) -> list[int]:
+        if len(history) == len(prompt):
+            engine.free(0)
+            engine.insert(0, 0)
+        delta = np.array(history[len(engine.processed(0)) :], np.int32)
+        return engine.generate(0, {0: delta})[0].tokens.tolist()
+
+    return conversation(prompt, say_next)
+
+
+def conversation(prompt: list[int], say_next: Callable[[list[int]], list[int]]) -> Work:
+    """TURNS times a chunk and an observation, which is the same for all sides. Gives seconds and tokens by turn."""
+
+    def work() -> dict[str, Any]:
+        history, seconds, lengths, said = list(prompt), [], [], []
+        for turn in range(TURNS):
+            before = time.process_time()
+            chunk = say_next(history)
+            seconds.append(time.process_time() - before)
+            lengths.append(len(history))
+            said += chunk
+            history += chunk + [(17 * turn + 5 * place) % 4000 + 1000 for place in range(OBSERVATION)]
+        return {"seconds": seconds, "lengths": lengths, "tokens": said}
 
     return work
 
@@ -181,6 +231,21 @@ def hf_decode(folder: Path, rows: int) -> Work:
     return work
 
 
+def hf_turns(folder: Path) -> Work:
+    """The whole history anew every turn, as a client of a stateless API without a prefix cache has it."""
+    import torch
+
+    model = _torch_model(folder, "default").eval()
+
+    def say_next(history: list[int]) -> list[int]:
+        rows = torch.tensor([history])
+        mask, options = torch.ones_like(rows), {"do_sample": False, "pad_token_id": 0}
+        out = model.generate(rows, attention_mask=mask, max_new_tokens=CHUNK, min_new_tokens=CHUNK, **options)
+        return out[0, len(history) :].tolist()
+
+    return conversation(prompt_of(folder), say_next)
+
+
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
@@ -210,11 +275,15 @@ def llama_decode(file: Path, rows: int) -> Work:
 
 
 def build(peer: str, task: str, folder: Path) -> Work:
-    """``task``: train, logprob, or decode with a number of rows (decode8)."""
+    """``task``: train, logprob, turns, or decode with a number of rows (decode8)."""
+    if task == "turns":
+        return {"ours": ours_turns, "hf": hf_turns}[peer](folder)
     if task.startswith("decode"):
         rows = int(task.removeprefix("decode"))
         if peer in ("llama-f32", "llama-q4"):
             return llama_decode(folder / ("f32.gguf" if peer == "llama-f32" else "q4_1.gguf"), rows)
+        if peer.startswith("ours-"):
+            return ours_decode(folder, rows, peer.removeprefix("ours-"))
         return {"ours": ours_decode, "hf": hf_decode}[peer](folder, rows)
     if peer.startswith("hf-"):
         return {"train": hf_train, "logprob": hf_logprob}[task](folder, peer.removeprefix("hf-"))

@@ -21,7 +21,7 @@ from rome.models.config import ConfigError, ModelConfig
 from rome.models.params import Params, ParamSpec, draw_params, param_specs
 
 # How many of a weight's last dimensions are inputs and outputs; those before (layers, experts) are separate matrices.
-_MATRICES = {
+MATRICES = {
     "wq": (1, 2),
     "wk": (1, 2),
     "wv": (1, 2),
@@ -47,9 +47,9 @@ class LoraConfig:
             raise ConfigError(f"LoraConfig.rank: expected 0 (no adapters) or more, got {self.rank!r}")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"LoraConfig.alpha: expected a positive number, got {self.alpha!r}")
-        unknown = sorted(set(self.targets) - set(_MATRICES))
+        unknown = sorted(set(self.targets) - set(MATRICES))
         if unknown or not self.targets:
-            raise ConfigError(f"LoraConfig.targets: expected some of {[*_MATRICES]}, got {unknown or self.targets!r}")
+            raise ConfigError(f"LoraConfig.targets: expected some of {[*MATRICES]}, got {unknown or self.targets!r}")
 
 
 @struct.dataclass
@@ -82,7 +82,7 @@ def adapter_specs(config: ModelConfig, lora: LoraConfig) -> Params:
 
 
 def _pair(name: str, weight: ParamSpec, rank: int) -> dict[str, ParamSpec]:
-    inputs, outputs = _MATRICES[name]
+    inputs, outputs = MATRICES[name]
     lead = len(weight.shape) - inputs - outputs
     shape, axes = weight.shape, weight.axes
     fan_in = math.prod(shape[lead : lead + inputs])
@@ -133,7 +133,7 @@ def _scaled(pair: dict[str, jax.Array], scale: float) -> dict[str, jax.Array]:
 
 
 def _add(name: str, weight: jax.Array, pair: dict[str, jax.Array]) -> jax.Array:
-    inputs, outputs = _MATRICES[name]
+    inputs, outputs = MATRICES[name]
     lead, rank = weight.ndim - inputs - outputs, pair["a"].shape[-1]
     a = pair["a"].reshape(*weight.shape[:lead], -1, rank)
     b = pair["b"].reshape(*weight.shape[:lead], rank, -1)

@@ -17,6 +17,7 @@ from rome.models.islands import attention, moe_mlp, routed_experts, token_scores
 from rome.models.lora import add_adapters
 from rome.models.moe import Experts, router_loss
 from rome.models.params import LayerRun, Params, layer_runs, param_specs
+from rome.models.quantized import Int8, expert_stack, quantized_spec
 from rome.models.rope import apply_rope, rope_tables
 from rome.models.sharding import constrain, gather_weights, is_sharded
 
@@ -45,7 +46,7 @@ def decoder_layer(
     ``replayed_BxTxK`` and ``counted_BxT`` are for the router: see `route` and `router_loss`.
     """
     dtype, eps = x_BxTxD.dtype, config.rms_norm_eps
-    layer = _gather_layer(jax.tree.map(lambda w: w.astype(dtype), add_adapters(layer)), config)
+    layer = _gather_layer({name: w.astype(dtype) for name, w in add_adapters(layer).items()}, config)
     y = rms_norm(x_BxTxD, layer["attention_norm"], eps)
     q, k, v = (project_heads(y, layer[f"w{name}"], layer.get(f"{name}_bias")) for name in "qkv")
     if config.qk_norm:
@@ -68,13 +69,18 @@ def _gather_layer(layer: Params, config: ModelConfig) -> Params:
         return layer
     specs = param_specs(config)["layers" if "router" in layer or not config.is_moe else "dense_layers"]
     kept = ("gate", "up", "down") if "router" in layer else ()
-    return {name: w if name in kept else gather_weights(w, specs[name].axes[1:]) for name, w in layer.items()}
+
+    def gather(name: str, weights: jax.Array | Int8) -> jax.Array | Int8:
+        spec = quantized_spec(name, specs[name]) if isinstance(weights, Int8) else specs[name]
+        return jax.tree.map(lambda part, spec: gather_weights(part, spec.axes[1:]), weights, spec)
+
+    return {name: w if name in kept else gather(name, w) for name, w in layer.items()}
 
 
-def linear(x: jax.Array, weights: jax.Array) -> jax.Array:
+def linear(x: jax.Array, weights: jax.Array | Int8) -> jax.Array:
     """x @ weights: [..., D] by [D, F]. On a mesh the gradient is left to autodiff: rows and tokens, when both are
-    split, can't be made one axis."""
-    return x @ weights if is_sharded() else _linear(x, weights)
+    split, can't be made one axis. Quantised weights have none."""
+    return x @ weights if is_sharded() or isinstance(weights, Int8) else _linear(x, weights)
 
 
 @jax.custom_vjp
@@ -132,7 +138,7 @@ def mlp(
         loss = None
         if counted_BxT is not None and (config.router_aux_loss_coef or config.router_z_loss_coef):
             loss = router_loss(y_BxTxD, layer["router"], routing, counted_BxT, config)
-        experts = Experts(layer["gate"], layer["up"], layer["down"])
+        experts = Experts(*(expert_stack(layer[name], config, y_BxTxD.dtype) for name in ("gate", "up", "down")))
         return moe_mlp(y_BxTxD, routing, experts, config), Routed(routing.experts, loss)
     gate = _biased(linear(y_BxTxD, layer["gate"]), layer.get("gate_bias"))
     up = _biased(linear(y_BxTxD, layer["up"]), layer.get("up_bias"))

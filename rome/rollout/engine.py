@@ -21,22 +21,18 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rome.models import ModelConfig, param_specs
-from rome.models.sharding import Mesh, param_shardings
+from rome.models import ModelConfig
+from rome.models.sharding import Mesh
 from rome.rollout.programs import Compiled, DecodeState, Finish, compiled, empty_state, row_of, slot_shardings
-
-
-class EngineError(ValueError):
-    """A request or a config that the engine can't serve. Names the field and what was expected."""
+from rome.rollout.weights import PRECISIONS, EngineError, Publisher, check_version
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,7 @@ class EngineConfig:
       temperature: of sampling; 0 is greedy. `generate` may override it (no recompile).
       top_p, top_k, min_p: truncation of the sampling distribution; 1, 0 and 0 switch it off.
       record_experts: keep which experts each token visits, for router replay; of a mixture of experts only.
+      precision: of the engine's weights, see `Publisher`; what is not ``model`` adds to π_old / μ (docs/serving.md).
     """
 
     slots: int = 64
@@ -68,6 +65,7 @@ class EngineConfig:
     top_k: int = 0
     min_p: float = 0.0
     record_experts: bool = False
+    precision: str = "model"
 
     def __post_init__(self) -> None:
         buckets = tuple(self.extend_buckets)
@@ -85,6 +83,7 @@ class EngineConfig:
             "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "min_p": (0 <= self.min_p < 1, "0 <= min_p < 1"),
+            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
         }
         for name, (valid, expected) in checks.items():
             if not valid:
@@ -136,12 +135,6 @@ class _Placement(NamedTuple):
     compiled: Compiled
     shardings: Any  # of the weights; None without a mesh
 
-    def own(self, params: Any) -> Any:
-        """A copy of the weights that lies here."""
-        if self.mesh is None:
-            return own_copy(params)
-        return jax.device_put(params, self.shardings, may_alias=False)
-
 
 class DecodeEngine:
     """Slots, caches and weights of one policy. One thread calls `generate`; any may call `update_params` and `move_to`.
@@ -176,13 +169,14 @@ class DecodeEngine:
             raise EngineError("record_experts: expected False of a policy without experts, found True")
         if not meshes or (None in meshes and len(meshes) > 1):
             raise EngineError(f"meshes: expected None alone, or one or more meshes, found {meshes!r}")
-        self.config, self.model_config, self.pad_id = config, model_config, pad_id
+        self._publisher = Publisher(params, model_config, config.precision)
+        self.config, self.model_config, self.pad_id = config, self._publisher.model_config, pad_id
         self.stats = EngineStats()
         self._placements = tuple(
             _Placement(
                 mesh,
-                compiled_functions(model_config, config, mesh),
-                None if mesh is None else param_shardings(param_specs(model_config), mesh),
+                compiled_functions(self.model_config, config, mesh),
+                None if mesh is None else self._publisher.shardings(mesh),
             )
             for mesh in meshes
         )
@@ -190,7 +184,7 @@ class DecodeEngine:
         self._changing = threading.Lock()  # one update or move at a time
         # a move stands in the gate until the turn has ended, so that no other turn overtakes it
         self._gate, self._turn = threading.Lock(), threading.Lock()
-        self._weights = (self._placements[0].own(params), int(version))
+        self._weights = (self._publisher.own(params, self._placements[0].shardings), int(version))
         self._stop_ids = np.array(sorted(stop_ids), np.int32)
         rows = config.slots
         self._held = np.zeros((rows, config.max_length), np.int32)  # the tokens in each slot's cache
@@ -228,7 +222,9 @@ class DecodeEngine:
         Raises EngineError unless the version grows and shapes and dtypes stay.
         """
         with self._changing:
-            self._weights = next_weights(self._weights, params, version, self._placements[self._at].own)
+            check_version(version, self.version)
+            own = self._publisher.own(params, self._placements[self._at].shardings)
+            self._weights = (own, int(version))
 
     def move_to(self, placement: int) -> None:
         """Moves the weights and what every slot holds to `meshes[placement]`, after the turn that is being decoded.
@@ -478,26 +474,3 @@ def compiled_functions(model_config: ModelConfig, config: EngineConfig, mesh: Me
     """The engine's jitted `append` and `decode`, shared by all that ask for the same static configuration."""
     c = config
     return compiled(mesh, model_config, c.max_length, c.max_chunk_tokens, c.top_k, c.top_p, c.min_p)
-
-
-def own_copy(params: Any) -> Any:
-    return jax.tree.map(jnp.copy, params)
-
-
-def next_weights(
-    weights: tuple[Any, int], params: Any, version: int, copied: Callable[[Any], Any] = own_copy
-) -> tuple[Any, int]:
-    """A copy of `params`, as `copied` makes it, and their version, to follow `weights`.
-
-    Raises EngineError unless the version grows and shapes and dtypes stay.
-    """
-    old, current = weights
-    if version <= current:
-        raise EngineError(f"version: expected more than {current}, found {version}")
-    if jax.tree.map(_shape, params) != jax.tree.map(_shape, old):
-        raise EngineError("params: expected the shapes and dtypes that the engine was made with")
-    return copied(params), int(version)
-
-
-def _shape(leaf: Any) -> tuple:
-    return tuple(leaf.shape), str(leaf.dtype)

@@ -54,7 +54,7 @@ class Compiled:
         self.traces = 0
         self._mesh = mesh
         self.append = self._jit(functools.partial(append, statics[0]), 1)
-        self.share = self._jit(functools.partial(_share, mesh), 0)
+        self.share = self._jit(functools.partial(share, mesh), 0)
         self.decode = self._jit(functools.partial(_decode, *statics), 1)
 
     def _jit(self, function: Callable[..., Any], donated: int) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def append(
     return DecodeState(cache, jnp.where(counts[:, None] > 0, logits, state.logits))
 
 
-def _share(mesh: Mesh | None, state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
+def share(mesh: Mesh | None, state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
     """Slot b becomes a copy of row source[b] of `prompts`, where source int32[B] is not −1."""
 
     def pick(held: jax.Array, given: jax.Array) -> jax.Array:
@@ -119,7 +119,7 @@ def _decode(
 
     def sample(cache: KVCache, logits: jax.Array, live: jax.Array, step: jax.Array, out: jax.Array) -> Any:
         drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, top_k, top_p, min_p)
-        out = jax.lax.dynamic_update_slice(out, jnp.stack([drawn, _bits(logp), _bits(raw)])[None], (step, 0, 0))
+        out = jax.lax.dynamic_update_slice(out, jnp.stack([drawn, bits(logp), bits(raw)])[None], (step, 0, 0))
         stopped = live & jnp.isin(drawn, stop_ids)
         # the token just drawn stands at position `length`; one more needs the position after it
         return out, drawn, stopped, live & ~stopped & (cache.length + 1 < max_length)
@@ -149,5 +149,6 @@ def row_of(experts: tuple[jax.Array, ...], row: jax.Array) -> jax.Array:
     return jnp.stack([layer[row] for layer in experts], axis=1)
 
 
-def _bits(values: jax.Array) -> jax.Array:
+def bits(values: jax.Array) -> jax.Array:
+    """float32 as the int32 of the same bits: tokens and log-probs in one array for the host."""
     return jax.lax.bitcast_convert_type(values, jnp.int32)

@@ -62,13 +62,18 @@ def sample_tokens(
 
 class RowSampling(NamedTuple):
     """A sampling distribution for each row: keys uint32[B, 2], temperature float32[B] (0: greedy), top_k int32[B]
-    (0: off), top_p float32[B] (1: off), min_p float32[B] (0: off). They mean what `sample_tokens` says."""
+    (0: off), top_p float32[B] (1: off), min_p float32[B] (0: off). They mean what `sample_tokens` says.
+
+    Rows where bool[B] `constrained` draw only tokens whose bit is set: bit t % 32 of word t // 32 of `allowed`
+    int32[B, ⌈V / 32⌉]. None: no row is. All other parameters then apply to what is left."""
 
     keys: jax.Array
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
+    constrained: jax.Array | None = None
+    allowed: jax.Array | None = None
 
 
 def sample_rows(
@@ -82,13 +87,27 @@ def sample_rows(
     """
     logits_BxV = logits_BxV.astype(jnp.float32)
     greedy_B = rows.temperature <= 0
-    scaled_BxV = logits_BxV / jnp.where(greedy_B, 1.0, rows.temperature)[:, None]
+    choices_BxV = _allowed_only(logits_BxV, rows)
+    scaled_BxV = choices_BxV / jnp.where(greedy_B, 1.0, rows.temperature)[:, None]
     truncates = ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)) & ~greedy_B
     kept_BxV = jax.lax.cond(truncates.any(), lambda: _truncate(scaled_BxV, rows), lambda: scaled_BxV)
     drawn_B = _draw(kept_BxV, _uniform(rows.keys, positions_B))
-    tokens_B = jnp.where(greedy_B, jnp.argmax(logits_BxV, axis=-1), drawn_B)
+    tokens_B = jnp.where(greedy_B, jnp.argmax(choices_BxV, axis=-1), drawn_B)
     logp_B = jnp.where(greedy_B, 0.0, _log_prob(kept_BxV, tokens_B))
     return tokens_B.astype(jnp.int32), logp_B, _log_prob(logits_BxV, tokens_B)
+
+
+def _allowed_only(logits_BxV: jax.Array, rows: RowSampling) -> jax.Array:
+    """−inf for the tokens that a constrained row may not take."""
+    if rows.constrained is None:
+        return logits_BxV
+
+    def masked() -> jax.Array:
+        batch, vocab = logits_BxV.shape
+        bits_BxV = (rows.allowed[:, :, None] >> jnp.arange(32)).reshape(batch, -1)[:, :vocab] & 1
+        return jnp.where((bits_BxV == 1) | ~rows.constrained[:, None], logits_BxV, -jnp.inf)
+
+    return jax.lax.cond(rows.constrained.any(), masked, lambda: logits_BxV)
 
 
 def _truncate(scaled_BxV: jax.Array, rows: RowSampling) -> jax.Array:

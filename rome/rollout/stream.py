@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rome.models import ModelConfig, extend, unstack_layers
-from rome.rollout.engine import EngineError, next_weights
-from rome.rollout.programs import DecodeState, append, empty_state
+from rome.rollout.grammar import Constraint, GrammarError
+from rome.rollout.programs import DecodeState, append, bits, empty_state
 from rome.rollout.sampling import RowSampling, sample_rows
+from rome.rollout.weights import PRECISIONS, EngineError, Publisher, check_version
 
 _SHARED_AT_LEAST = 16  # tokens; a shorter prefix of a busy slot is prefilled rather than copied
 
@@ -39,6 +40,7 @@ class StreamConfig:
     extend_buckets: tuple[int, ...] = (16, 128)
     burst: int = 4
     alternatives: int = 20
+    precision: str = "model"
 
     def __post_init__(self) -> None:
         buckets = tuple(self.extend_buckets)
@@ -49,6 +51,7 @@ class StreamConfig:
             "extend_buckets": (ascending, "ascending sizes of at least 1"),
             "burst": (self.burst >= 1, "at least 1"),
             "alternatives": (self.alternatives >= 1, "at least 1"),
+            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
         }
         for name, (valid, expected) in checks.items():
             if not valid:
@@ -81,7 +84,8 @@ class Sampling:
 
 
 class Burst(NamedTuple):
-    """What a slot got: arrays over its n new tokens, and why it will get no more ("stop", "length") or None.
+    """What a slot got: arrays over its n new tokens, and why it will get no more ("stop", "length", or
+    "grammar": its constraint became too complex) or None.
 
     `top_ids` int32[n, A] and `top_logp` float32[n, A] (raw, most likely first) are None unless the request wants them.
     """
@@ -111,6 +115,7 @@ class _Slot:
     sampling: Sampling
     prompt: np.ndarray  # int32[m], what is still to be prefilled
     left: int  # tokens it may still get
+    constraint: Constraint | None = None
 
 
 class StreamEngine:
@@ -138,12 +143,13 @@ class StreamEngine:
             raise EngineError(f"stop_ids, pad_id: expected ids below {vocabulary}, found {outside}")
         if config.alternatives > vocabulary:
             raise EngineError(f"alternatives: expected at most {vocabulary}, found {config.alternatives}")
-        self.config, self.model_config, self.pad_id = config, model_config, pad_id
+        self._publisher = Publisher(params, model_config, config.precision)
+        self.config, self.model_config, self.pad_id = config, self._publisher.model_config, pad_id
         self.stats = StreamStats()
-        self._programs = _programs(model_config, config.max_length, config.burst, config.alternatives)
+        self._programs = _programs(self.model_config, config.max_length, config.burst, config.alternatives)
         self._stop_ids = jnp.array(sorted(stop_ids) or [-1], jnp.int32)
         self._lock = threading.Lock()
-        self._weights = (jax.tree.map(jnp.copy, params), int(version))
+        self._weights = (self._publisher.own(params), int(version))
         self._kept_version = int(version)  # of the weights that computed what free slots hold
         self._reset()
 
@@ -166,7 +172,8 @@ class StreamEngine:
 
         Raises EngineError unless the version grows and shapes and dtypes stay.
         """
-        weights = next_weights(self._weights, params, version)
+        check_version(version, self._weights[1])
+        weights = (self._publisher.own(params), int(version))
         with self._lock:
             self._weights = weights
 
@@ -185,8 +192,9 @@ class StreamEngine:
             self._state, _, out = self._programs.burst[wanted](params, self._state, *arguments)
         jax.block_until_ready(out)
 
-    def start(self, prompt: np.ndarray, sampling: Sampling) -> int:
+    def start(self, prompt: np.ndarray, sampling: Sampling, constraint: Constraint | None = None) -> int:
         """Gives a free slot to a request; its prompt (int32[m], m ≥ 1) is prefilled by the next calls of `advance`.
+        With a constraint, which must end with stop ids of the engine, it gets one token a burst.
 
         Raises EngineError if no slot is free, or the prompt leaves no room for a token.
         """
@@ -198,7 +206,7 @@ class StreamEngine:
             raise EngineError(f"prompt: expected 1..{self.config.max_length - 1} tokens, found {len(prompt)}")
         self._forget_outdated()
         slot, kept = self._place(prompt)
-        self._slots[slot] = _Slot(sampling, prompt[kept:], min(sampling.max_tokens, room))
+        self._slots[slot] = _Slot(sampling, prompt[kept:], min(sampling.max_tokens, room), constraint)
         self._used[slot] = self._clock = self._clock + 1
         self.stats.reused_tokens += kept
         return slot
@@ -318,16 +326,24 @@ class StreamEngine:
         ready = {
             i: slot for i, slot in enumerate(self._slots) if slot is not None and not len(slot.prompt) and slot.left
         }
+        rows, bursts = self._row_sampling(), {}
+        for index in [index for index, slot in ready.items() if slot.constraint is not None]:
+            try:
+                rows.allowed[index] = ready[index].constraint.mask()
+                rows.constrained[index] = True
+            except GrammarError:
+                ready.pop(index).left = 0
+                none = np.zeros(0, np.float32)
+                bursts[index] = Burst(none.astype(np.int32), none, none, version, "grammar", None, None)
         if not ready:
-            return {}
+            return bursts
         live, left = np.zeros(self.config.slots, bool), np.zeros(self.config.slots, np.int32)
         for index, slot in ready.items():
             live[index], left[index] = True, slot.left
         wanted = any(slot.sampling.alternatives for slot in ready.values())
         program = self._programs.burst[wanted]
-        self._state, status, out = program(params, self._state, self._row_sampling(), live, left, self._stop_ids)
+        self._state, status, out = program(params, self._state, rows, live, left, self._stop_ids)
         (counts, stops), out = np.asarray(status), np.asarray(out)  # out int32[steps, 3 + 2A, B]
-        bursts = {}
         for index, slot in ready.items():
             count = int(counts[index])
             mine = out[:count, :, index]
@@ -338,12 +354,14 @@ class StreamEngine:
             bursts[index] = Burst(tokens, _floats(mine[:, 1]), _floats(mine[:, 2]), version, finish, *tops)
             if finish is not None:
                 slot.left = 0
+            elif slot.constraint is not None:
+                slot.constraint.accept(tokens[0])
             self.stats.decoded_tokens += count
         self.stats.bursts += 1
         return bursts
 
     def _row_sampling(self) -> RowSampling:
-        rows = self.config.slots
+        rows, words = self.config.slots, -(-self.model_config.vocab_size // 32)
         keys, top_k = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.int32)
         temperature, top_p, min_p = np.zeros(rows, np.float32), np.ones(rows, np.float32), np.zeros(rows, np.float32)
         for index, slot in enumerate(self._slots):
@@ -351,7 +369,8 @@ class StreamEngine:
                 s = slot.sampling
                 keys[index] = s.seed >> 32 & 0xFFFFFFFF, s.seed & 0xFFFFFFFF
                 temperature[index], top_k[index], top_p[index], min_p[index] = s.temperature, s.top_k, s.top_p, s.min_p
-        return RowSampling(keys, temperature, top_k, top_p, min_p)
+        constrained, allowed = np.zeros(rows, bool), np.zeros((rows, words), np.int32)
+        return RowSampling(keys, temperature, top_k, top_p, min_p, constrained, allowed)
 
 
 class _Programs:
@@ -415,25 +434,22 @@ def _burst(
     def body(carry: Any) -> Any:
         cache, logits, out, count, stopped, live, step = carry
         drawn, logp, raw = sample_rows(logits, rows, cache.length)
-        columns = [drawn[None], _bits(logp)[None], _bits(raw)[None]]
+        columns = [drawn[None], bits(logp)[None], bits(raw)[None]]
         if alternatives:
             top_logp, top_ids = jax.lax.top_k(jax.nn.log_softmax(logits), alternatives)
-            columns += [top_ids.T.astype(jnp.int32), _bits(top_logp).T]
+            columns += [top_ids.T.astype(jnp.int32), bits(top_logp).T]
         out = jax.lax.dynamic_update_slice(out, jnp.concatenate(columns)[None], (step, 0, 0))
         count += live
         stopped |= live & jnp.isin(drawn, stop_ids)
         live &= ~stopped & (count < left) & (cache.length + 1 < max_length)
         after, cache = extend(params, model_config, cache, drawn[:, None], live.astype(jnp.int32))
-        return cache, jnp.where(live[:, None], after, logits), out, count, stopped, live, step + 1
+        logits = jnp.where(live[:, None], after, logits)
+        return cache, logits, out, count, stopped, live & ~rows.constrained, step + 1  # the host knows their next mask
 
     out = jnp.zeros((size, 3 + 2 * alternatives, live.shape[0]), jnp.int32)
     carry = (state.cache, state.logits, out, jnp.zeros_like(left), jnp.zeros_like(live), live, jnp.int32(0))
     cache, logits, out, count, stopped, _, _ = jax.lax.while_loop(going, body, carry)
     return DecodeState(cache, logits), jnp.stack([count, stopped.astype(jnp.int32)]), out
-
-
-def _bits(values: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
 def _floats(bits: np.ndarray) -> np.ndarray:

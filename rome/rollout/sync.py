@@ -19,7 +19,7 @@ from rome.models import ModelConfig, param_specs
 from rome.models.lora import Adapted, merge, specs_like
 from rome.models.params import Params
 from rome.models.sharding import Mesh, param_shardings
-from rome.rollout.engine import EngineError
+from rome.rollout.weights import EngineError
 
 
 @struct.dataclass

@@ -55,7 +55,7 @@ def random_model(folder: Path) -> tuple[ModelConfig, Any]:
         head_dim=8,
         intermediate_size=64,
         tie_embeddings=False,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
     )
     params = init_params(config, jax.random.key(1))
     params["lm_head"] = params["lm_head"] * 4

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 
 import jax
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -18,7 +19,7 @@ from served_models import KEY, random_model, scripted_run, served
 
 from rome.models import PretrainedTokenizer, forward
 
-LENGTH = 192
+LENGTH = 448
 SHELL = {
     "type": "function",
     "function": {
@@ -165,6 +166,127 @@ def test_a_stop_string_cuts_the_text_and_not_the_tokens(published, client):
     assert "".join(event.choices[0].text for event in streamed) == cut.text
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 5},
+        "kind": {"enum": ["a", "bb"]},
+        "days": {"$ref": "#/$defs/days"},
+        "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    },
+    "required": ["city", "kind", "days", "flags"],
+    "additionalProperties": False,
+    "$defs": {"days": {"type": "integer", "minimum": 0, "maximum": 30}},
+}
+TWO = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}, "at": {"enum": ["am", "pm"]}},
+    "required": ["n", "at"],
+    "additionalProperties": False,
+}
+BOOK = {"type": "function", "function": {"name": "book", "parameters": TWO, "strict": True}}
+
+
+def as_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+def test_an_answer_follows_its_schema_and_has_the_log_probs_of_what_was_left_to_draw_from(published, client):
+    """The model is random: what it says by itself is no JSON."""
+    pytest.importorskip("llguidance")
+    asked = dict(model="tiny-random", messages=HELLO, seed=4, n=2, logprobs=True, temperature=1.3)
+    ids = {"return_token_ids": True}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # constrained and free answers in one batch
+        constrained = dict(asked, response_format=as_format(SCHEMA), extra_body=ids)
+        strict = pool.submit(client.chat.completions.create, **constrained)
+        free = client.chat.completions.create(**asked, max_tokens=60, extra_body=ids)
+        strict = strict.result(120)
+    for choice in free.choices:
+        with pytest.raises(ValueError):
+            json.loads(choice.message.content)
+    for choice in strict.choices:
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+        assert choice.finish_reason == "stop"
+        tokens, prompt = choice.model_extra["token_ids"], choice.model_extra["prompt_token_ids"]
+        expected = log_softmax(training_logits(published, prompt, tokens))
+        raw = np.array([row[token] for row, token in zip(expected, tokens, strict=True)])
+        np.testing.assert_allclose([entry.logprob for entry in choice.logprobs.content], raw, atol=1e-4)
+        sampling = np.array(choice.model_extra["sampling_logprobs"])
+        assert sampling[0] == 0  # nothing but the brace is allowed there
+        assert (sampling <= 0).all() and (sampling > raw + 1).sum() > 5
+    assert strict.choices[0].message.content != strict.choices[1].message.content
+    streamed = client.chat.completions.create(**constrained, stream=True)
+    text = [""] * 2
+    for event in streamed:
+        for choice in event.choices:
+            text[choice.index] += choice.delta.content or ""
+    assert text == [choice.message.content for choice in strict.choices]
+    alone = client.chat.completions.create(**asked, max_tokens=60, extra_body=ids)
+    assert [c.message.content for c in alone.choices] == [c.message.content for c in free.choices]
+
+
+def test_any_json_object_is_one_if_it_ends_in_time(client):
+    pytest.importorskip("llguidance")
+    ends = client.chat.completions.create(
+        model="tiny-random", messages=HELLO, seed=1, max_tokens=300, response_format={"type": "json_object"}
+    ).choices[0]
+    assert ends.message.content.startswith("{")
+    if ends.finish_reason == "stop":
+        assert isinstance(json.loads(ends.message.content), dict)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
+def test_a_forced_call_is_one_and_its_arguments_follow_the_tools_schema(client, choice):
+    pytest.importorskip("llguidance")
+    asked = dict(model="tiny-random", messages=HELLO, seed=2, tools=[BOOK], tool_choice=choice)
+    answer = client.chat.completions.create(**asked).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (answer.finish_reason, call.function.name) == ("tool_calls", "book")
+    jsonschema.validate(json.loads(call.function.arguments), TWO)
+    assert not answer.message.content
+    parts = [event.choices[0] for event in client.chat.completions.create(**asked, stream=True)]
+    assert [p.delta.tool_calls[0].function.arguments for p in parts if p.delta.tool_calls] == [call.function.arguments]
+    with pytest.raises(openai.BadRequestError, match=r"tools\.0\.function\.strict"):
+        client.chat.completions.create(**asked | {"tool_choice": "auto"})
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "banana"}, {"$ref": "#/nowhere"}, {"not": {"type": "string"}}, {"enum": []}]
+)
+def test_a_schema_that_cannot_be_followed_is_refused(client, schema):
+    pytest.importorskip("llguidance")
+    with pytest.raises(openai.BadRequestError, match="response_format: expected a JSON schema") as refused:
+        client.chat.completions.create(model="tiny-random", messages=HELLO, response_format=as_format(schema))
+    assert (refused.value.param, refused.value.code) == ("response_format", "invalid_schema")
+    loose = {"x-guidance": {"lenient": True}, "not": {"type": "string"}}  # the library's own switch is not the client's
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(model="tiny-random", messages=HELLO, response_format=as_format(loose))
+
+
+def prefilled(address: str) -> float:
+    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    return float(re.search(r'^rome_engine_tokens_total{kind="prefilled"} (\S+)$', text, re.MULTILINE).group(1))
+
+
+def test_a_growing_conversation_and_the_choices_of_a_prompt_are_prefilled_once(published, client):
+    address, ids = published[0], {"return_token_ids": True}
+    messages = [{"role": "user", "content": "tell me about the sea, and take your time"}]
+    before = prefilled(address)
+    asked = dict(model="tiny-random", seed=9, max_tokens=12, temperature=0.0)
+    first = client.chat.completions.create(**asked, messages=messages, n=3, extra_body=ids)
+    prompt = first.choices[0].model_extra["prompt_token_ids"]
+    # the first choice needs all of it; its siblings what is not shared: the last token, whose logits they start from
+    shared = prefilled(address) - before
+    assert shared <= len(prompt) + 2
+    kept = [*prompt, *first.choices[0].model_extra["token_ids"]]
+    middle = prefilled(address)
+    more = [*kept, 60, 61, 62]
+    client.completions.create(model="tiny-random", prompt=more, max_tokens=2)
+    # what was sampled last was never processed; the three new ones were not there
+    assert prefilled(address) - middle == 4
+
+
 def post(address, path, body, key=KEY):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(f"{address}{path}", data, {"Authorization": f"Bearer {key}"})
@@ -192,7 +314,11 @@ BAD = [
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ({"stream_options": {}}, 400, "stream_options"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"response_format": {"type": "yaml"}}, 400, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+    ({"response_format": {"type": "json_object"}, "tools": [SHELL]}, 400, "response_format"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, 400, "tools.0.function.strict"),
+    ({"tools": [SHELL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, 400, "tool_choice"),
     ({"temprature": 1}, 400, "temprature"),
     ({"messages": []}, 400, "messages"),
     ({"messages": [{"role": "robot", "content": ""}]}, 400, "messages.0.role"),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import secrets
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from rome.rollout.grammar import Grammar, GrammarCompiler, GrammarError, GrammarUnavailable, json_grammar
 from rome.rollout.service.answers import ChatShape, Choice, CompletionShape, Shape
 from rome.rollout.service.chats import ChatFormat
 from rome.rollout.service.errors import ServiceError, invalid
@@ -53,6 +55,8 @@ class _Service:
         self.scheduler, self.chat, self.config = scheduler, chat, config
         self.metrics = ServiceMetrics(scheduler)
         self.created = int(time.time())
+        self._compiler: GrammarCompiler | None = None  # made when first wanted
+        self._compiling = threading.Lock()
         self.app = FastAPI(title="ROME", openapi_url=None)
         self.app.add_exception_handler(ServiceError, self._on_error)
         self.app.add_exception_handler(404, self._on_unknown)
@@ -105,8 +109,28 @@ class _Service:
         asked = parse(ChatRequest, await self._body(request))
         self._check_model(asked.model)
         prompt = self.chat.prompt(asked.messages, asked.offered)
+        grammar = await asyncio.to_thread(self._grammar, asked)
         shape = ChatShape(self.chat, asked, self.config.name)
-        return await self._answer(request, asked, shape, [prompt], "messages")
+        return await self._answer(request, asked, shape, [prompt], "messages", grammar)
+
+    def _grammar(self, asked: ChatRequest) -> Grammar | None:
+        """What the answer must be, if the request says so."""
+        if asked.forced:
+            places = [f"tools.{index}.function.parameters" for index in asked.forced]
+            where, source = places[0] if len(places) == 1 else "tools", self.chat.call_grammar(asked.forced)
+        elif asked.answer_schema is not None:
+            where, source = "response_format", json_grammar(asked.answer_schema)
+        else:
+            return None
+        try:
+            with self._compiling:
+                if self._compiler is None:
+                    self._compiler = GrammarCompiler(self.chat.vocabulary())
+                return self._compiler.compile(source)
+        except GrammarUnavailable as error:
+            raise invalid("tool_choice" if asked.forced else "response_format", str(error), "not_installed") from None
+        except GrammarError as error:
+            raise invalid(where, f"expected a JSON schema that can be followed: {error}", "invalid_schema") from None
 
     async def _completions(self, request: Request) -> Response:
         asked = parse(CompletionRequest, await self._body(request))
@@ -132,10 +156,11 @@ class _Service:
         shape: Shape,
         prompts: Sequence[list[int]],
         field: str,
+        grammar: Grammar | None = None,
     ) -> Response:
         choices = [Choice(i, prompt) for i, prompt in enumerate(p for p in prompts for _ in range(asked.n))]
         arrivals: asyncio.Queue[tuple[Choice, Part | ServiceError]] = asyncio.Queue()
-        jobs = [self._job(asked, choice, arrivals, field) for choice in choices]
+        jobs = [self._job(asked, choice, arrivals, field, grammar) for choice in choices]
         self.scheduler.submit(jobs)
         parts = self._parts(request, jobs, arrivals)
         if asked.stream:
@@ -153,6 +178,7 @@ class _Service:
         choice: Choice,
         arrivals: asyncio.Queue[tuple[Choice, Part | ServiceError]],
         field: str,
+        grammar: Grammar | None,
     ) -> Job:
         longest = self.scheduler.engine.config.max_length
         room = longest - len(choice.prompt)
@@ -182,7 +208,8 @@ class _Service:
 
         deadline = time.monotonic() + self.config.request_seconds
         prompt = np.array(choice.prompt, np.int32)
-        return Job(prompt, sampling, TextStream(self.chat.piece, asked.stops), deadline, deliver)
+        constraint = None if grammar is None else grammar.begin()
+        return Job(prompt, sampling, TextStream(self.chat.piece, asked.stops), deadline, deliver, constraint)
 
     async def _parts(
         self, request: Request, jobs: Sequence[Job], arrivals: asyncio.Queue[tuple[Choice, Part | ServiceError]]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from rome.models import ChatRenderer, Message, PretrainedTokenizer, TokenizerError
+from rome.rollout.grammar import Vocabulary, json_rule
 from rome.rollout.service.errors import ServiceError, invalid
 from rome.rollout.service.protocol import ChatMessage, ToolSpec
 from rome.rollout.service.text import overlap
@@ -37,6 +38,13 @@ class ChatFormat(Protocol):
 
     def answer(self, tokens: Sequence[int], text: str, tools: Sequence[ToolSpec]) -> Answer:
         """Reads a whole answer, given its tokens and its text."""
+
+    def call_grammar(self, tools: Mapping[int, ToolSpec]) -> str:
+        """A grammar (`rome.rollout.grammar`) of the calls of one of the tools, given by their place in the request.
+        Raises ServiceError, naming the tool."""
+
+    def vocabulary(self) -> Vocabulary:
+        """For grammars."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -82,6 +90,21 @@ class RomeChat:
         name, parameter = _command_of(tools)
         arguments = json.dumps({parameter: parsed.command}, ensure_ascii=False)
         return Answer(parsed.text, ((name, arguments),))
+
+    def call_grammar(self, tools: Mapping[int, ToolSpec]) -> str:
+        """The command is any text: a shell takes no JSON, whose schema could say more."""
+        (index, tool), *_ = tools.items()
+        _, parameter = _command_of([*tools.values()])
+        more = set(tool.function.parameters["properties"][parameter]) - {"type", "description", "title"}
+        if more:
+            where = f"tools.{index}.function.parameters.properties.{parameter}"
+            raise invalid(where, f"expected a type and a description, which is all that is followed, found {more}")
+        opens, closes = (self._tokenizer.special[name] for name in ("<tool_call>", "</tool_call>"))
+        return f"start: <[{opens}]> COMMAND <[{closes}]>\nCOMMAND: /(.|\\n)+/\n"
+
+    def vocabulary(self) -> Vocabulary:
+        ends = self.stop_ids - {self._tokenizer.special["</tool_call>"]}
+        return _vocabulary(self, self._tokenizer, ends)
 
 
 def _command_of(tools: Sequence[ToolSpec]) -> tuple[str, str]:
@@ -180,6 +203,31 @@ class TemplateChat:
                 return Answer(text, ())
             calls += found
         return Answer(text[:first].rstrip(), tuple(calls))
+
+    def call_grammar(self, tools: Mapping[int, ToolSpec]) -> str:
+        opens, closes = (self._literal(name) for name in ("<tool_call>", "</tool_call>"))
+        rules = [f'start: {opens} "\\n" call "\\n" {closes}', "call: " + " | ".join(f"call{i}" for i in tools)]
+        for index, tool in tools.items():
+            schema = tool.function.parameters
+            if schema.get("type", "object") != "object":
+                raise invalid(f"tools.{index}.function.parameters", "expected the schema of an object")
+            head = f'{{"name": {json.dumps(tool.function.name)}, "arguments": '
+            rules.append(f'call{index}: {json.dumps(head)} arguments{index} "}}"')
+            rules.append(f"arguments{index}: {json_rule({**schema, 'type': 'object'})}")
+        return "\n".join(rules)
+
+    def _literal(self, name: str) -> str:
+        """A marker in a grammar: some tokenizers have a token for it that stands for no text, some spell it."""
+        special = self._tokenizer.special
+        return f"<[{special[name]}]>" if name in special else json.dumps(name)
+
+    def vocabulary(self) -> Vocabulary:
+        return _vocabulary(self, self._tokenizer, self.stop_ids)
+
+
+def _vocabulary(chat: ChatFormat, tokenizer: Any, ends: frozenset[int]) -> Vocabulary:
+    pieces = [chat.piece(token) for token in range(tokenizer.vocab_size)]
+    return Vocabulary(pieces, frozenset(tokenizer.special.values()), ends, chat.encode, chat.vocab_size)
 
 
 def _named_calls(text: str) -> list[tuple[str, str]] | None:

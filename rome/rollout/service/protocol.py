@@ -56,12 +56,33 @@ class FunctionSpec(_Strict):
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     description: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class ToolSpec(_Strict):
     type: Literal["function"]
     function: FunctionSpec
+
+
+class FunctionName(_Strict):
+    name: str
+
+
+class NamedTool(_Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(_Strict):
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    description: str | None = None
+    definition: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None  # it always is
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class StreamOptions(_Strict):
@@ -102,8 +123,9 @@ class ChatRequest(_Common):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     tools: list[ToolSpec] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def limit(self) -> int | None:
@@ -116,6 +138,22 @@ class ChatRequest(_Common):
     @property
     def offered(self) -> list[ToolSpec]:
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced(self) -> dict[int, ToolSpec]:
+        """The tools, by their place, of which the answer must call one; none: it need not."""
+        tools = dict(enumerate(self.tools or []))
+        if isinstance(self.tool_choice, NamedTool):
+            return {i: tool for i, tool in tools.items() if tool.function.name == self.tool_choice.function.name}
+        return tools if self.tool_choice == "required" else {}
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """Of the JSON that the answer must be; None: any text."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return wanted.json_schema.definition if wanted.json_schema else {"type": "object"}
 
 
 class CompletionRequest(_Common):
@@ -161,6 +199,22 @@ def _check_together(request: ChatRequest | CompletionRequest) -> None:
             raise invalid("top_logprobs", "expected only with logprobs")
         if None not in (request.max_tokens, request.max_completion_tokens):
             raise invalid("max_tokens", "expected not to be there beside max_completion_tokens")
+        _check_constraints(request)
+
+
+def _check_constraints(request: ChatRequest) -> None:
+    choice, wanted = request.tool_choice, request.response_format
+    if (choice == "required" or isinstance(choice, NamedTool)) and not request.forced:
+        raise invalid("tool_choice", "expected the name of one of the tools, or `required` with tools")
+    for index, tool in enumerate(request.offered):
+        if tool.function.strict and index not in request.forced:
+            raise invalid(f"tools.{index}.function.strict", "expected true only where tool_choice forces a call")
+    if wanted is None:
+        return
+    if (wanted.json_schema is not None) != (wanted.type == "json_schema"):
+        raise invalid("response_format.json_schema", "expected with the type json_schema, and only with it")
+    if wanted.type != "text" and request.offered:
+        raise invalid("response_format", "expected no tools beside it, or the tool_choice none")
 
 
 def _path(location: tuple[str | int, ...]) -> str:

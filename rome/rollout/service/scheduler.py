@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rome.rollout.grammar import Constraint
 from rome.rollout.service.errors import ServiceError
 from rome.rollout.service.text import TextStream
 from rome.rollout.stream import Burst, Sampling, StreamEngine
@@ -44,6 +45,7 @@ class Job:
     text: TextStream
     deadline: float
     deliver: Callable[[Part | ServiceError], None]
+    constraint: Constraint | None = None
     queued: float = field(default_factory=time.monotonic)
     slot: int | None = None
     cancelled: bool = False
@@ -177,7 +179,7 @@ class Scheduler:
             if self.engine.shares_soon(job.prompt):
                 return
             self._queue.popleft()
-            job.slot = self.engine.start(job.prompt, job.sampling)
+            job.slot = self.engine.start(job.prompt, job.sampling, job.constraint)
             job.queued = time.monotonic()
             self._running[job.slot] = job
 
@@ -198,6 +200,10 @@ class Scheduler:
 
     def _give(self, job: Job, burst: Burst) -> None:
         """Delivers a burst, cut after the token that completed a stop string."""
+        if burst.finish == "grammar":
+            self.stats.failed += 1
+            self._end(job, ServiceError(500, "the grammar became too complex to follow", code="grammar_error"))
+            return
         text, count, size = "", 0, len(burst.tokens)
         while count < size and not job.text.stopped:
             last = burst.finish == "stop" and count == size - 1  # a stop id: no part of the text
