@@ -341,5 +341,5 @@ def admin_routes(router: APIRouter, control: ControlPlane) -> None:
     async def workers(who: Who) -> Response:
         who.require_admin()
         hosts = control.scheduler.hosts.values()
-        rows = [{"name": h.name, "is_up": h.is_up, "used": h.used, "capacity": h.capacity} for h in hosts]
-        return Json([{**row, "pid": h.local.pid if h.local else None} for row, h in zip(rows, hosts, strict=True)])
+        shown = ("name", "is_up", "used", "capacity", "pid")
+        return Json([{name: getattr(host, name) for name in shown} for host in hosts])
