@@ -1,5 +1,7 @@
 """Workers on a Ray cluster of several (simulated) nodes, one of which dies: real sandboxes, one control plane."""
 
+from itertools import chain
+
 import pytest
 from admin_harness import wait_until
 from test_admin_faults import descendants, is_gone
@@ -48,7 +50,7 @@ def test_a_node_dies_and_the_others_go_on(start_admin, cluster):
     late = cluster.add_node(num_cpus=0)  # a node that joins gets a worker
     wait_until(lambda: is_up(3), WAIT)
     boxes = start_on_each(user, 3)
-    for one in sum(boxes.values(), []):
+    for one in chain(*boxes.values()):
         one.session().run("cd /tmp; V=kept; (setsid sleep 300 &)")
     pids = {name: row["pid"] for name, row in rows().items()}
     processes = {name: descendants(pid) for name, pid in pids.items()}
@@ -70,11 +72,11 @@ def test_a_node_dies_and_the_others_go_on(start_admin, cluster):
     assert user.get("/v1/snapshots") == []
     wait_until(lambda: is_gone(processes[dead]), WAIT)
 
-    for box in sum(boxes.values(), []):
+    for box in chain(*boxes.values()):
         assert user.sandbox(box.id).session().run("echo $V $PWD").output == "kept /tmp\n"
     again = start_on_each(user, 2)
     assert set(again) == set(boxes)
-    for box in sum(again.values(), []):
+    for box in chain(*again.values()):
         assert box.execute("echo new").output == "new\n"
 
     admin.stop()  # in order: nothing is left on any node
