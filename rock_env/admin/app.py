@@ -303,7 +303,7 @@ def admin_routes(router: APIRouter, control: ControlPlane) -> None:
 
     def tenant_out(tenant: Tenant) -> dict:
         quota = {name: getattr(tenant, name) for name in schema.QuotaBody.model_fields}
-        live = sum(record.row.tenant == tenant.name for record in control.live.values())
+        live = control.usage[tenant.name].sandboxes
         return {"name": tenant.name, **quota, "sandboxes": live, "created_at": tenant.created_at}
 
     async def put(tenant: Tenant, *, new: bool) -> Response:

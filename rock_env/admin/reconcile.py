@@ -49,7 +49,8 @@ class Reconciler:
             control.keyring.add(key)
         control.snapshots = {row.id: row for row in await control.db(db.ready_snapshots)}
         for row in await control.db(db.live_sandboxes):
-            record = control.live[row.id] = Record(row)
+            record = Record(row)
+            control.enter(record)
             host = control.scheduler.hosts.get(row.worker or "")
             if host is not None:
                 host.used += 1
@@ -126,6 +127,7 @@ class Reconciler:
     async def round(self, host: Host) -> None:
         # Only what was there before the worker answers may be missed in the answer.
         before = {r.id: r.state for r in self._of(host) if not r.is_coming_up}
+        known = set(self._control.live)
         snapshots = {row.id for row in self._control.snapshots.values() if row.worker == host.name}
         try:
             reply, _ = await host.link.call("list", _LIST_SECONDS)
@@ -135,7 +137,7 @@ class Reconciler:
         host.silent_since = None
         if reply["incarnation"] != host.incarnation:
             await self._adopt(host, reply)
-        await self._compare(host, before, reply["sandboxes"])
+        await self._compare(host, before, known, reply["sandboxes"])
         await self._compare_snapshots(host, snapshots, reply["snapshots"])
         self._control.scheduler.serve()
 
@@ -157,7 +159,7 @@ class Reconciler:
             if row.worker == host.name and row.incarnation != host.incarnation:
                 await self._control.drop_snapshot(row, "lost")
 
-    async def _compare(self, host: Host, before: dict[str, State], found: dict[str, dict]) -> None:
+    async def _compare(self, host: Host, before: dict[str, State], known: set[str], found: dict[str, dict]) -> None:
         control = self._control
         noted = []
         for id, state in before.items():
@@ -177,6 +179,8 @@ class Reconciler:
         for id, entry in found.items():
             if id in control.live:
                 continue
+            if entry["state"] == "running" and id in known:
+                continue  # it was ended since the worker was asked
             if entry["state"] == "running":
                 log.warning("worker %s: ending sandbox %s, which the record does not have", host.name, id)
                 with contextlib.suppress(NotReady):

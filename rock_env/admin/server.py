@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rock_env.admin.app import create_app
 from rock_env.admin.auth import ADMIN_TENANT, Redact, new_key
-from rock_env.admin.control import ControlPlane
+from rock_env.admin.control import ControlPlane, Record
 from rock_env.admin.database import Database
 from rock_env.admin.gem import Environments
 from rock_env.admin.hosts import Host
@@ -36,6 +36,7 @@ from rock_env.model_proxy.settings import check_url
 
 log = logging.getLogger("rock.admin")
 _STOP_SECONDS = 60.0
+_STOPS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,13 @@ class Admin:
         """In order: end every environment, every sandbox and every worker of ours, and leave nothing."""
         await self.environments.stop()
         await self.reconciler.close()
-        control = self.control
-        records = list(control.live.values())
-        stops = [asyncio.create_task(control.stop(record, "the admin was stopped")) for record in records]
+        control, turns = self.control, asyncio.Semaphore(_STOPS_AT_ONCE)
+
+        async def stop(record: Record) -> None:
+            async with turns:
+                await control.stop(record, "the admin was stopped")
+
+        stops = [asyncio.create_task(stop(record)) for record in list(control.live.values())]
         for row in list(control.snapshots.values()):
             await control.drop_snapshot(row, "lost")
         if stops:
