@@ -277,3 +277,6 @@ class RemoteBackend(RemoteCalls):
             return {"backend": {"ok": True, "how": f"a rock admin at {self._client.url}"}}
         except RockError as error:
             return {"backend": {"ok": False, "how": str(error)}}
+
+    def close(self) -> None:
+        self._client.close()
