@@ -12,7 +12,7 @@ from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxSpec, Sandb
 
 CAPABILITIES = frozenset(
     {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
-    | {"session", "snapshot", "fork", "stats", "readonly_binds", "jobs", "terminal", "model_proxy"}
+    | {"session", "snapshot", "fork", "stats", "readonly_binds", "jobs", "terminal", "forward", "model_proxy"}
 )
 
 

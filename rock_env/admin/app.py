@@ -17,7 +17,7 @@ from rock_env.admin.gem_routes import gem_routes
 from rock_env.admin.http import Gate, Json, install_errors, principal
 from rock_env.admin.hub_routes import HubStore, hub_routes
 from rock_env.admin.models import State, Tenant
-from rock_env.admin.streams import job_routes, model_routes
+from rock_env.admin.streams import connection_routes, job_routes, model_routes
 from rock_env.errors import Forbidden, NotReady, SandboxNotFound, SpecError
 from rock_env.sandbox import argv_of
 from rock_env.spec import FileEntry, check_env, check_path
@@ -48,6 +48,7 @@ def create_app(control: ControlPlane, hub: HubStore, environments: Environments)
         sandbox_routes,
         command_routes,
         job_routes,
+        connection_routes,
         model_routes,
         file_routes,
         copy_routes,

@@ -123,8 +123,13 @@ class Saboteur:
             name = self.random.choice(("w1", "w2"))
             fault = Fault(kind.__name__, "" if kind == self.admins else name)
             self.faults.log.append(fault)
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 kind(name)
+            except (ProcessLookupError, ValueError):  # it is just being replaced
+                pass
+            except AssertionError as error:
+                self.failures.append(f"{fault.kind} {name}: {error}")
+                return
             if not self.recovered():
                 self.failures.append(f"after {fault.kind} of {name}: not all workers are up")
             fault.over = time.monotonic()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +30,16 @@ _GET = (
     "import urllib.request as u; o = u.build_opener(u.ProxyHandler({{'http': 'http://127.0.0.1:3128'}}));"
     " print(o.open('http://127.0.0.2:{port}/{word}', timeout=30).read().decode())"
 )
+_ECHO = (
+    "import socket; s = socket.create_server(('127.0.0.1', {port})); print('ready', flush=True); c = s.accept()[0]\n"
+    "while data := c.recv(65536): c.sendall(data)"
+)
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
 
 
 class Wrong(Exception):
@@ -84,7 +96,7 @@ class Tenant:
     def run(self, deadline: float) -> None:
         actions = (
             [self.execute, self.session, self.exit_in_session, self.write, self.read, self.missing] * 3
-            + [self.snapshot, self.fork, self.job, self.killed_job, self.stop] * 2
+            + [self.snapshot, self.fork, self.job, self.killed_job, self.forward, self.stop] * 2
             + [self.network, self.hung, self.memory_bomb, self.fork_bomb]
         )
         while time.monotonic() < deadline:
@@ -248,6 +260,27 @@ class Tenant:
         self.expect("an allowed request", box.sandbox.execute(get).output, f"/{word}\n")
         box.sandbox.set_network_policy(NetworkPolicy())
         self.expect("a request of a closed sandbox", box.sandbox.execute(get).exit_code, 1)
+
+    def forward(self, box: Box) -> None:
+        """A server for one connection, which echoes; reached from here."""
+        port = self.random.randrange(10_000, 60_000)
+        job = box.sandbox.start_job(["python3", "-c", _ECHO.format(port=port)], timeout=120)
+        if b"ready" not in b"".join(piece.data for piece in job.read(wait=30).pieces):
+            self.expect("a server's state", job.status().state, "exited")  # the port was taken
+            return
+        data = self.random.randbytes(self.random.randrange(1, 300_000))
+        with box.sandbox.forward(port) as forward:
+            with socket.create_connection(("127.0.0.1", forward.local_port), timeout=120) as connection:
+                sender = threading.Thread(target=_send, args=(connection, data))
+                sender.start()
+                got = b""
+                with contextlib.suppress(OSError):
+                    while piece := connection.recv(1 << 16):
+                        got += piece
+                sender.join()
+        if forward.failure is not None:
+            raise forward.failure
+        self.expect("an echo", got == data, True)
 
     def hung(self, box: Box) -> None:
         box.sandbox.session("hung").run("true")
