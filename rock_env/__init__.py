@@ -7,6 +7,7 @@ from rock_env.errors import (
     BackendUnavailable,
     FileError,
     Forbidden,
+    ForwardFailed,
     JobNotFound,
     LeaseLost,
     LimitExceeded,
@@ -21,6 +22,7 @@ from rock_env.errors import (
     SpecError,
     Unauthorized,
 )
+from rock_env.forward import Forward
 from rock_env.jobs import Chunk, Dropped, Job, JobOutput, JobStatus
 from rock_env.model_proxy.client import ModelRequest, ModelServer
 from rock_env.model_proxy.settings import ModelProxy
@@ -56,6 +58,8 @@ __all__ = [
     "FileError",
     "FileInfo",
     "Forbidden",
+    "Forward",
+    "ForwardFailed",
     "Job",
     "JobNotFound",
     "JobOutput",

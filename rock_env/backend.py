@@ -12,7 +12,7 @@ from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxSpec, Sandb
 
 CAPABILITIES = frozenset(
     {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
-    | {"session", "snapshot", "fork", "stats", "readonly_binds", "jobs", "terminal", "model_proxy"}
+    | {"session", "snapshot", "fork", "stats", "readonly_binds", "jobs", "terminal", "forward", "model_proxy"}
 )
 
 
@@ -71,6 +71,8 @@ class Backend(Protocol):
 
     def doctor(self) -> dict[str, dict]: ...
 
+    def close(self) -> None: ...
+
 
 _lock = threading.Lock()
 _factories: dict[str, Callable[[], Backend]] = {}
@@ -93,3 +95,11 @@ def get_backend(name: str) -> Backend:
                 raise BackendUnavailable(f"backend: expected one of {known}, got {name!r}")
             _instances[name] = _factories[name]()
         return _instances[name]
+
+
+def close_backends() -> None:
+    """End every sandbox of this process now; the interpreter's exit does it, too."""
+    with _lock:
+        instances = list(_instances.values())
+    for backend in instances:
+        backend.close()

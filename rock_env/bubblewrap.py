@@ -72,6 +72,7 @@ class BubblewrapBackend(WireCalls):
             "readonly_binds",
             "jobs",
             "terminal",
+            "forward",
             "model_proxy",
         }
         return frozenset(enforced | always)

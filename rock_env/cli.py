@@ -4,6 +4,7 @@ admin of this machine ($ROCK_ADMIN_DIR), else, for `run` and `shell`, of this pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -199,6 +200,20 @@ def _converse(sandbox: Sandbox) -> int:
     size = terminal.window_size(fd)
     job = sandbox.start_job(["bash", "--norc", "--noprofile", "-i"], env=env, terminal=size)
     return terminal.attach(job, fd)
+
+
+@app.command()
+def forward(
+    id: Id,
+    port: Annotated[int, typer.Argument(help="The port inside.")],
+    local: Annotated[int, typer.Option("--local", "-L", help="Where to listen on 127.0.0.1; 0: any.")] = 0,
+) -> None:
+    """Reach a port inside a sandbox from this machine, until Ctrl-C; the sandbox gets no route by this."""
+    with admin_client().sandbox(id).forward(port, local) as forwarded:
+        print(f"127.0.0.1:{forwarded.local_port} -> {id}:{port}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
 
 
 @app.command()

@@ -18,9 +18,14 @@ def start(
     host: Annotated[str, typer.Option(help="Where to listen; other than loopback only with TLS.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any.")] = 7600,
     directory: Annotated[Path | None, typer.Option(help="Its own; default $ROCK_ADMIN_DIR.")] = None,
-    workers: Annotated[int, typer.Option(help="Worker processes on this machine.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes on this machine; default 1, with --ray 0.")
+    ] = None,
     capacity: Annotated[int, typer.Option(help="Sandboxes on each worker.")] = 1000,
     join: Annotated[list[str], typer.Option(help="NAME=ADDRESS=SECRET_FILE of a worker started elsewhere.")] = [],  # noqa: B006
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster (HOST:PORT, auto): a worker on each of its nodes.")
+    ] = None,
     database: Annotated[
         str | None, typer.Option(envvar="ROCK_DATABASE", help="SQLAlchemy URL; default SQLite.")
     ] = None,
@@ -63,9 +68,10 @@ def start(
         directory or default_directory(),
         host=host,
         port=port,
-        workers=workers,
+        workers=(1 if ray is None else 0) if workers is None else workers,
         capacity=capacity,
         joined=tuple(joined),
+        ray=ray,
         database=database,
         images=images,
         backends=tuple(backend),

@@ -45,6 +45,12 @@ class JobNotFound(RockError):
     code = "job_not_found"
 
 
+class ForwardFailed(RockError):
+    """Nobody listens on the port inside the sandbox, or a forwarded connection is not there any more."""
+
+    code = "forward_failed"
+
+
 class LeaseLost(RockError):
     """A model request is not this caller's to answer: it was answered, has gone, or is in other hands."""
 
@@ -155,6 +161,7 @@ ERRORS: dict[str, type[RockError]] = {
         LimitExceeded,
         SandboxNotFound,
         JobNotFound,
+        ForwardFailed,
         LeaseLost,
         SandboxDead,
         RequestTimeout,

@@ -215,7 +215,9 @@ class RemoteBackend(RemoteCalls):
     def capabilities(self) -> frozenset[str]:
         """What a remote sandbox may be asked for; what its worker cannot enforce, that refuses."""
         offered = {"memory", "pids", "cpus", "disk", "network_closed", "network_allowlist", "audit", "seccomp"}
-        return frozenset(offered | {"session", "snapshot", "fork", "stats", "jobs", "terminal", "model_proxy"})
+        return frozenset(
+            offered | {"session", "snapshot", "fork", "stats", "jobs", "terminal", "forward", "model_proxy"}
+        )
 
     def create(self, spec: SandboxSpec, snapshot: str | None = None) -> str:
         body = {"spec": spec_to_json(spec), "snapshot": snapshot, "wait": True}
@@ -277,3 +279,6 @@ class RemoteBackend(RemoteCalls):
             return {"backend": {"ok": True, "how": f"a rock admin at {self._client.url}"}}
         except RockError as error:
             return {"backend": {"ok": False, "how": str(error)}}
+
+    def close(self) -> None:
+        self._client.close()

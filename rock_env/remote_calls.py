@@ -1,4 +1,4 @@
-"""The requests of rock_env.jobs and rock_env.model_proxy, as an admin's REST API takes them."""
+"""The requests of rock_env.jobs, rock_env.forward and rock_env.model_proxy, as an admin's REST API takes them."""
 
 from __future__ import annotations
 
@@ -69,6 +69,32 @@ class RemoteCalls:
     def _job_resize(self, sandbox: str, limit: float, blob: bytes, *, job: str, size: list[int]) -> Answer:
         body = {"rows": size[0], "columns": size[1]}
         self._client.request("PUT", self._job_at(sandbox, job, "/terminal"), limit, json=body)
+        return {}, b""
+
+    # -- forwarded connections
+    def _forward_at(self, sandbox: str, connection: str, what: str = "") -> str:
+        return self._at(sandbox, f"/connections/{quote(connection, safe='')}{what}")
+
+    def _forward_open(self, sandbox: str, limit: float, blob: bytes, *, connection: str, port: int) -> Answer:
+        self._client.request("PUT", self._forward_at(sandbox, connection), limit, json={"port": port})
+        return {}, b""
+
+    def _forward_read(
+        self, sandbox: str, limit: float, blob: bytes, *, connection: str, seq: int, seconds: float, max_bytes: int
+    ) -> Answer:
+        params = {"seq": seq, "wait_seconds": seconds, "max_bytes": max_bytes}
+        reply = self._client.request("GET", self._forward_at(sandbox, connection, "/data"), limit, params=params)
+        return {"next": seq + len(reply.content), "is_end": reply.headers["Rock-End"] == "true"}, reply.content
+
+    def _forward_write(
+        self, sandbox: str, limit: float, blob: bytes, *, connection: str, at: int, close: bool, seconds: float
+    ) -> Answer:
+        params = {"at": at, "close": close, "wait_seconds": seconds}
+        where = self._forward_at(sandbox, connection, "/data")
+        return self._client.request("POST", where, limit, params=params, content=blob).json(), b""
+
+    def _forward_close(self, sandbox: str, limit: float, blob: bytes, *, connection: str) -> Answer:
+        self._client.request("DELETE", self._forward_at(sandbox, connection), limit)
         return {}, b""
 
     # -- the agent's model

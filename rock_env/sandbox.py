@@ -14,6 +14,7 @@ from types import TracebackType
 
 from rock_env.backend import DEFAULT_BACKEND, Backend, get_backend
 from rock_env.errors import FileError, LimitNotEnforceable, SpecError
+from rock_env.forward import Forward, check_port
 from rock_env.jobs import (
     DEFAULT_BUFFER_BYTES,
     JOB_PATTERN,
@@ -234,6 +235,15 @@ class Sandbox:
         if not isinstance(name, str) or not name:
             raise SpecError(f"session: expected a non-empty name, got {name!r}")
         return Session(self, name)
+
+    def forward(self, port: int, local_port: int = 0) -> Forward:
+        """A listener on this machine's loopback, whose connections reach `port` of the sandbox's own loopback.
+
+        Args:
+          local_port: where to listen; 0: any that is free. See the result's `local_port` and `url`.
+        """
+        _require_capability(self._backend, "forward")
+        return Forward(self._backend, self.id, check_port("port", port), check_port("local_port", local_port, 0))
 
     # -- the agent's model
     @property

@@ -17,7 +17,7 @@ from rock_env.admin.gem_routes import gem_routes
 from rock_env.admin.http import Gate, Json, install_errors, principal
 from rock_env.admin.hub_routes import HubStore, hub_routes
 from rock_env.admin.models import State, Tenant
-from rock_env.admin.streams import job_routes, model_routes
+from rock_env.admin.streams import connection_routes, job_routes, model_routes
 from rock_env.errors import Forbidden, NotReady, SandboxNotFound, SpecError
 from rock_env.sandbox import argv_of
 from rock_env.spec import FileEntry, check_env, check_path
@@ -48,6 +48,7 @@ def create_app(control: ControlPlane, hub: HubStore, environments: Environments)
         sandbox_routes,
         command_routes,
         job_routes,
+        connection_routes,
         model_routes,
         file_routes,
         copy_routes,
@@ -303,7 +304,7 @@ def admin_routes(router: APIRouter, control: ControlPlane) -> None:
 
     def tenant_out(tenant: Tenant) -> dict:
         quota = {name: getattr(tenant, name) for name in schema.QuotaBody.model_fields}
-        live = sum(record.row.tenant == tenant.name for record in control.live.values())
+        live = control.usage[tenant.name].sandboxes
         return {"name": tenant.name, **quota, "sandboxes": live, "created_at": tenant.created_at}
 
     async def put(tenant: Tenant, *, new: bool) -> Response:
@@ -341,5 +342,5 @@ def admin_routes(router: APIRouter, control: ControlPlane) -> None:
     async def workers(who: Who) -> Response:
         who.require_admin()
         hosts = control.scheduler.hosts.values()
-        rows = [{"name": h.name, "is_up": h.is_up, "used": h.used, "capacity": h.capacity} for h in hosts]
-        return Json([{**row, "pid": h.local.pid if h.local else None} for row, h in zip(rows, hosts, strict=True)])
+        shown = ("name", "is_up", "used", "capacity", "pid")
+        return Json([{name: getattr(host, name) for name in shown} for host in hosts])

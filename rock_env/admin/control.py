@@ -7,6 +7,7 @@ import contextlib
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,21 @@ class Record:
         return Limits(**self.row.spec["limits"])
 
 
+@dataclass
+class Usage:
+    """What a tenant's live sandboxes may take, all together."""
+
+    sandboxes: int = 0
+    memory_bytes: int = 0
+    cpus: float = 0.0
+
+    def add(self, limits: Limits, count: int) -> None:
+        self.sandboxes += count
+        self.memory_bytes += count * (limits.memory_bytes or 0)
+        # a sum of floats that goes up and down would drift away from what a quota is compared with
+        self.cpus = round(self.cpus + count * (limits.cpus or 0.0), 6)
+
+
 @dataclass(frozen=True)
 class StartRequest:
     """What somebody asks for. `spec` has the tenant's name of an image; None: the snapshot's spec."""
@@ -101,6 +117,7 @@ class ControlPlane:
         self.tenants: dict[str, Tenant] = {}
         self.scheduler = Scheduler()
         self.live: dict[str, Record] = {}
+        self.usage: defaultdict[str, Usage] = defaultdict(Usage)  # of `live`, by tenant
         self.snapshots: dict[str, SnapshotRow] = {}
         self.transient: dict[str, str] = {}  # snapshots being taken, or used by a fork: id -> tenant
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="database")
@@ -115,6 +132,15 @@ class ControlPlane:
         self.database.close()
 
     # -- states
+    def enter(self, record: Record) -> None:
+        """From here on a sandbox is live, and counts against its tenant's quotas."""
+        self.live[record.id] = record
+        self.usage[record.row.tenant].add(record.limits, 1)
+
+    def _leave(self, record: Record) -> None:
+        if self.live.pop(record.id, None) is not None:
+            self.usage[record.row.tenant].add(record.limits, -1)
+
     async def move(self, record: Record, new: State, reason: str, **values: object) -> bool:
         """Change a record's state, here and in the database. False when it cannot become `new` any more."""
         return await asyncio.shield(asyncio.ensure_future(self._move(record, new, reason, values)))
@@ -129,7 +155,7 @@ class ControlPlane:
                 setattr(record.row, name, value)
             if new.is_terminal:
                 record.row.ended_at = time.time()
-                self.live.pop(record.id, None)
+                self._leave(record)
                 host = self.scheduler.hosts.get(record.row.worker or "")
                 if host is not None:
                     self.scheduler.release(host)
@@ -158,17 +184,19 @@ class ControlPlane:
     def _admit(self, tenant: str, count: int, limits: Limits) -> float:
         """Check the tenant's quotas for `count` more sandboxes. Returns their lifetime in seconds."""
         quota = self.tenants[tenant]
-        mine = [record.limits for record in self.live.values() if record.row.tenant == tenant] + [limits] * count
+        usage = replace(self.usage[tenant])
+        usage.add(limits, count)
         for name, bound in (("memory_bytes", quota.max_memory_bytes), ("cpus", quota.max_cpus)):
             if bound is None:
                 continue
             if getattr(limits, name) is None:
                 raise SpecError(f"limits.{name}: expected a number, as the tenant has a quota, got None")
-            total = sum(getattr(each, name) or 0 for each in mine)
+            total = getattr(usage, name)
             if total > bound:
                 raise QuotaExceeded(f"{name}: the tenant's quota is {bound:g}, this would make {total:g}")
-        if quota.max_sandboxes is not None and len(mine) > quota.max_sandboxes:
-            raise QuotaExceeded(f"sandboxes: the tenant's quota is {quota.max_sandboxes}, this would make {len(mine)}")
+        most, total = quota.max_sandboxes, usage.sandboxes
+        if most is not None and total > most:
+            raise QuotaExceeded(f"sandboxes: the tenant's quota is {most}, this would make {total}")
         lifetime = limits.lifetime_seconds
         if lifetime is not None and lifetime > quota.max_lifetime_seconds:
             raise QuotaExceeded(f"lifetime_seconds: the tenant's maximum is {quota.max_lifetime_seconds:g}")
@@ -230,11 +258,12 @@ class ControlPlane:
             created_at=now,
             deadline=now + lifetime,
         )
-        record = self.live[row.id] = Record(row)  # counts against the quota from here on
+        record = Record(row)
+        self.enter(record)
         try:
             await self.db(self.database.add_sandbox, row)
         except BaseException:
-            self.live.pop(row.id, None)
+            self._leave(record)
             raise
         record.task = asyncio.create_task(self._bring_up(record, request, pinned))
         return record

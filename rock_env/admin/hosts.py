@@ -13,6 +13,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from rock_env.admin.link import Link, read_secret
 from rock_env.admin.worker_main import holder
@@ -24,15 +25,36 @@ _PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH",
 _PASSED_ON_ROCK = ("ROCK_BWRAP", "ROCK_STATE_DIR", "ROCK_AUDIT_DIR", "ROCK_STORE_BYTES", "DOCKER_HOST")
 
 
+class WorkerLink(Protocol):
+    """How a worker is reached: see rock_env.admin.link.Link."""
+
+    async def call(self, op: str, seconds: float, blob: bytes = b"", /, **arguments: object) -> tuple[dict, bytes]: ...
+
+    def close(self) -> None: ...
+
+
+class WorkerProcess(Protocol):
+    """A worker that the admin starts, ends and replaces itself: see LocalWorker."""
+
+    async def is_dead(self) -> bool: ...
+
+    async def bring_up(self, link: WorkerLink) -> dict: ...
+
+    async def kill(self) -> None: ...
+
+    async def wait_end(self, seconds: float) -> bool: ...
+
+
 @dataclass
 class Host:
-    """One worker. `incarnation` None: it has not answered yet, or is gone."""
+    """One worker. `process` None: somebody else starts it. `incarnation` None: it has not answered yet, or is gone."""
 
     name: str
-    link: Link
+    link: WorkerLink
     capacity: int
-    local: LocalWorker | None = None
+    process: WorkerProcess | None = None
     incarnation: str | None = None
+    pid: int | None = None  # on its own machine
     used: int = 0
     silent_since: float | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +101,9 @@ class LocalWorker:
             self._process.poll()  # reaps it
         return holder(self.directory / "lock")
 
+    async def is_dead(self) -> bool:
+        return self.pid is None
+
     def spawn(self) -> None:
         """Start a process, in a session of its own: it outlives the admin."""
         env = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k in _PASSED_ON_ROCK}
@@ -92,7 +117,7 @@ class LocalWorker:
         finally:
             os.close(log)
 
-    async def bring_up(self, link: Link) -> dict:
+    async def bring_up(self, link: WorkerLink) -> dict:
         """Find the living process, or start one, and wait until it answers."""
         deadline = time.monotonic() + _SPAWN_SECONDS
         if self.pid is None:

@@ -35,6 +35,7 @@ _STATUS = {
     "version_taken": 409,
     "reset_needed": 409,
     "lease_lost": 409,
+    "forward_failed": 409,
     "dead": 410,
     "limit_exceeded": 413,
     "spec": 422,

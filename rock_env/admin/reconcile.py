@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from rock_env.admin.control import REQUEST_SECONDS, ControlPlane, Record
-from rock_env.admin.hosts import Host, LocalWorker
+from rock_env.admin.hosts import Host, LocalWorker, WorkerProcess
 from rock_env.admin.models import State
+from rock_env.admin.ray_workers import RayFleet, RayProcess
 from rock_env.errors import BackendUnavailable, NotReady, RequestTimeout, RockError
 
 log = logging.getLogger("rock.admin")
@@ -28,13 +29,17 @@ class Reconciler:
     Args:
       seconds: between two rounds.
       worker_seconds: how long a worker may be silent before it (if it is ours) is killed, and its sandboxes are lost.
+      fleet: of workers that come and go with their nodes.
     """
 
-    def __init__(self, control: ControlPlane, seconds: float, worker_seconds: float) -> None:
+    def __init__(
+        self, control: ControlPlane, seconds: float, worker_seconds: float, fleet: RayFleet | None = None
+    ) -> None:
         self._control = control
         self._seconds = seconds
         self._worker_seconds = worker_seconds
-        self._tasks: list[asyncio.Task] = []
+        self._fleet = fleet
+        self._tasks: dict[str, asyncio.Task] = {}  # by worker; "": of the fleet
 
     async def load(self) -> None:
         """Bring the admin's memory up from the database. What was still waiting for a place has no files any more."""
@@ -44,7 +49,8 @@ class Reconciler:
             control.keyring.add(key)
         control.snapshots = {row.id: row for row in await control.db(db.ready_snapshots)}
         for row in await control.db(db.live_sandboxes):
-            record = control.live[row.id] = Record(row)
+            record = Record(row)
+            control.enter(record)
             host = control.scheduler.hosts.get(row.worker or "")
             if host is not None:
                 host.used += 1
@@ -60,12 +66,48 @@ class Reconciler:
         for host, outcome in zip(hosts, rounds, strict=True):
             if isinstance(outcome, BaseException):
                 log.error("worker %s: %s", host.name, outcome)
-        self._tasks = [asyncio.create_task(self._loop(host)) for host in hosts]
+        self._tasks = {host.name: asyncio.create_task(self._loop(host)) for host in hosts}
+        if self._fleet is not None:
+            self._tasks[""] = asyncio.create_task(self._follow(self._fleet))
 
     async def close(self) -> None:
-        for task in self._tasks:
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, fleet: RayFleet) -> None:
+        """Take in workers of new nodes, and let go of those whose node has gone."""
+        ours = {host.name for host in self._control.scheduler.hosts.values() if isinstance(host.process, RayProcess)}
+        while True:
+            await asyncio.sleep(self._seconds)
+            try:
+                nodes = await fleet.nodes()
+                for name in nodes.keys() - ours:
+                    host = self._control.scheduler.hosts[name] = fleet.host(name, nodes[name])
+                    self._tasks[name] = asyncio.create_task(self._loop(host))
+                    host.wake.set()
+                    ours.add(name)
+                for name in ours - nodes.keys():
+                    if await self._let_go(self._control.scheduler.hosts[name]):
+                        ours.remove(name)
+            except Exception:  # e.g. the cluster's head is away: the next round may do better
+                log.exception("the nodes of the cluster are not known")
+
+    async def _let_go(self, host: Host) -> bool:
+        """Whether nothing is left of a worker whose node has gone."""
+        task = self._tasks.pop(host.name, None)
+        if task is not None:
+            log.warning("worker %s: its node has gone", host.name)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        host.incarnation = host.pid = None
+        host.link.close()
+        await self._lose(host, "its node has gone")
+        if self._of(host):
+            return False  # one is still coming up, and about to fail
+        del self._control.scheduler.hosts[host.name]
+        return True
 
     async def _loop(self, host: Host) -> None:
         while True:
@@ -85,6 +127,7 @@ class Reconciler:
     async def round(self, host: Host) -> None:
         # Only what was there before the worker answers may be missed in the answer.
         before = {r.id: r.state for r in self._of(host) if not r.is_coming_up}
+        known = set(self._control.live)
         snapshots = {row.id for row in self._control.snapshots.values() if row.worker == host.name}
         try:
             reply, _ = await host.link.call("list", _LIST_SECONDS)
@@ -93,18 +136,18 @@ class Reconciler:
             return
         host.silent_since = None
         if reply["incarnation"] != host.incarnation:
-            await self._adopt(host, reply["incarnation"])
-        await self._compare(host, before, reply["sandboxes"])
+            await self._adopt(host, reply)
+        await self._compare(host, before, known, reply["sandboxes"])
         await self._compare_snapshots(host, snapshots, reply["snapshots"])
         self._control.scheduler.serve()
 
     def _of(self, host: Host) -> list[Record]:
         return [record for record in self._control.live.values() if record.row.worker == host.name]
 
-    async def _adopt(self, host: Host, incarnation: str) -> None:
+    async def _adopt(self, host: Host, hello: dict) -> None:
         """Another process answers in this worker's name than before (or the first one does)."""
-        log.info("worker %s: incarnation %s", host.name, incarnation)
-        host.incarnation = incarnation
+        log.info("worker %s: pid %d, incarnation %s", host.name, hello["pid"], hello["incarnation"])
+        host.incarnation, host.pid = hello["incarnation"], hello["pid"]
         await self._lose(host, "its worker has been replaced")
 
     async def _lose(self, host: Host, reason: str) -> None:
@@ -116,7 +159,7 @@ class Reconciler:
             if row.worker == host.name and row.incarnation != host.incarnation:
                 await self._control.drop_snapshot(row, "lost")
 
-    async def _compare(self, host: Host, before: dict[str, State], found: dict[str, dict]) -> None:
+    async def _compare(self, host: Host, before: dict[str, State], known: set[str], found: dict[str, dict]) -> None:
         control = self._control
         noted = []
         for id, state in before.items():
@@ -136,6 +179,8 @@ class Reconciler:
         for id, entry in found.items():
             if id in control.live:
                 continue
+            if entry["state"] == "running" and id in known:
+                continue  # it was ended since the worker was asked
             if entry["state"] == "running":
                 log.warning("worker %s: ending sandbox %s, which the record does not have", host.name, id)
                 with contextlib.suppress(NotReady):
@@ -170,23 +215,22 @@ class Reconciler:
         if host.silent_since is None:
             host.silent_since = now
             log.warning("%s", why)
-        is_dead = host.local is not None and host.local.pid is None
+        is_dead = host.process is not None and await host.process.is_dead()
         if not is_dead and now - host.silent_since < self._worker_seconds:
             return
-        if host.local is not None and not is_dead:
+        if host.process is not None and not is_dead:
             log.error("worker %s: silent for %g s, killing it", host.name, self._worker_seconds)
-            await host.local.kill()
-        host.incarnation = None
+            await host.process.kill()
+        host.incarnation = host.pid = None
         host.link.close()
         await self._lose(host, "its worker has ended" if is_dead else "its worker was silent for too long")
-        if host.local is not None:
-            await self._replace(host, host.local)
+        if host.process is not None:
+            await self._replace(host, host.process)
 
-    async def _replace(self, host: Host, local: LocalWorker) -> None:
-        hello = await local.bring_up(host.link)
-        log.info("worker %s: pid %d", host.name, hello["pid"])
+    async def _replace(self, host: Host, process: WorkerProcess) -> None:
+        hello = await process.bring_up(host.link)
         host.silent_since = None
-        await self._adopt(host, hello["incarnation"])
+        await self._adopt(host, hello)
         self._control.scheduler.serve()
 
 

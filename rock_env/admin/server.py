@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rock_env.admin.app import create_app
 from rock_env.admin.auth import ADMIN_TENANT, Redact, new_key
-from rock_env.admin.control import ControlPlane
+from rock_env.admin.control import ControlPlane, Record
 from rock_env.admin.database import Database
 from rock_env.admin.gem import Environments
 from rock_env.admin.hosts import Host
 from rock_env.admin.hub_routes import HubStore
 from rock_env.admin.link import Link, read_secret
 from rock_env.admin.models import Tenant
+from rock_env.admin.ray_workers import RayFleet
 from rock_env.admin.reconcile import Reconciler, local_hosts
 from rock_env.admin.worker_main import ORPHAN_SECONDS
 from rock_env.errors import BackendUnavailable, RockError, SpecError
@@ -35,6 +36,7 @@ from rock_env.model_proxy.settings import check_url
 
 log = logging.getLogger("rock.admin")
 _STOP_SECONDS = 60.0
+_STOPS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class AdminConfig:
       host, port: where it listens; other than loopback only with TLS. Port 0: any; see the file `url`.
       workers: processes on this machine. `capacity`: sandboxes on each.
       joined: workers started elsewhere (`rock worker`): (name, address, secret file).
+      ray: address of a Ray cluster, each node of which gets a worker.
       database: a SQLAlchemy URL; None: SQLite in `directory`.
       images: name that tenants use -> what the backend takes; "": what it has without an image.
       models: name that tenants use -> (URL of an OpenAI-compatible server on this machine's loopback, its API key).
@@ -60,6 +63,7 @@ class AdminConfig:
     workers: int = 1
     capacity: int = 1000
     joined: tuple[tuple[str, str, str], ...] = ()
+    ray: str | None = None
     database: str | None = None
     images: dict[str, str] = field(default_factory=dict)
     backends: tuple[str, ...] = ("bubblewrap",)
@@ -128,12 +132,15 @@ def lock_directory(directory: Path) -> int:
 
 
 class Admin:
-    """Everything of one admin but the HTTP server."""
+    """Everything of one admin but the HTTP server. `prepare`: see WorkerActor."""
 
-    def __init__(self, config: AdminConfig) -> None:
+    def __init__(self, config: AdminConfig, prepare: Callable[[], None] | None = None) -> None:
         self.config = config
+        self.fleet: RayFleet | None = None
+        if config.ray is not None:
+            self.fleet = RayFleet(config.ray, config.directory, config.capacity, config.orphan_seconds, prepare)
         self.control = ControlPlane(Database(config.database_url), config.images, config.backends, config.models)
-        self.reconciler = Reconciler(self.control, config.reconcile_seconds, config.worker_seconds)
+        self.reconciler = Reconciler(self.control, config.reconcile_seconds, config.worker_seconds, self.fleet)
         self.hub = HubStore(config.directory / "hub", config.hub_bytes)
         self.environments = Environments(self.control, self.hub)
 
@@ -141,6 +148,9 @@ class Admin:
         config, control = self.config, self.control
         hosts = local_hosts(config.directory / "workers", config.workers, config.capacity, config.orphan_seconds)
         hosts += [Host(n, Link(n, where, read_secret(file)), config.capacity) for n, where, file in config.joined]
+        if self.fleet is not None:
+            await self.fleet.connect()
+            hosts += [self.fleet.host(name, node) for name, node in (await self.fleet.nodes()).items()]
         for host in hosts:
             if host.name in control.scheduler.hosts:
                 raise SpecError(f"worker {host.name!r}: expected each name once")
@@ -169,20 +179,26 @@ class Admin:
         """In order: end every environment, every sandbox and every worker of ours, and leave nothing."""
         await self.environments.stop()
         await self.reconciler.close()
-        control = self.control
-        records = list(control.live.values())
-        stops = [asyncio.create_task(control.stop(record, "the admin was stopped")) for record in records]
+        control, turns = self.control, asyncio.Semaphore(_STOPS_AT_ONCE)
+
+        async def stop(record: Record) -> None:
+            async with turns:
+                await control.stop(record, "the admin was stopped")
+
+        stops = [asyncio.create_task(stop(record)) for record in list(control.live.values())]
         for row in list(control.snapshots.values()):
             await control.drop_snapshot(row, "lost")
         if stops:
             await asyncio.wait(stops, timeout=_STOP_SECONDS)
         for host in control.scheduler.hosts.values():
-            if host.local is not None and host.local.pid is not None:
+            if host.process is not None and not await host.process.is_dead():
                 with contextlib.suppress(RockError):
                     await host.link.call("shutdown", 5.0)
-                if not await host.local.wait_end(20.0):
-                    await host.local.kill()
+                if not await host.process.wait_end(20.0):
+                    await host.process.kill()
             host.link.close()
+        if self.fleet is not None:
+            await self.fleet.close()
         control.close()
 
 

@@ -1,5 +1,5 @@
-"""Routes for jobs, and for the model of an agent. Both wait by long polls: an answer is complete in itself and says
-from where to go on, so that a client whose connection was cut asks again, and any proxy in between will do."""
+"""Routes for jobs, forwarded connections, and the model of an agent. All wait by long polls: an answer is complete in
+itself and says from where to go on, so that a client whose connection was cut asks again, and any proxy will do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from rock_env import jobs
+from rock_env import forward, jobs
 from rock_env.admin import schema
 from rock_env.admin.auth import Principal
 from rock_env.admin.control import REQUEST_SECONDS, ControlPlane
@@ -22,6 +22,7 @@ from rock_env.spec import check_env, check_path
 
 Who = Annotated[Principal, Depends(principal)]
 SandboxId = Annotated[str, Path(pattern=schema.ID_PATTERN)]
+ConnectionId = Annotated[str, Path(pattern=schema.ID_PATTERN)]
 JobName = Annotated[str, Path(pattern=f"^{jobs.JOB_PATTERN}$")]
 Wait = Annotated[float, Query(ge=0, le=jobs.MAX_WAIT_SECONDS, allow_inf_nan=False)]
 _MAX_NUMBER = 1 << 62
@@ -49,6 +50,12 @@ class JobBody(schema.Body):
     stdin: bool = False
     terminal: SizeBody | None = None
     buffer_bytes: Annotated[int, Field(ge=jobs.MIN_BUFFER_BYTES, le=jobs.MAX_BUFFER_BYTES)] = jobs.DEFAULT_BUFFER_BYTES
+
+
+class PortBody(schema.Body):
+    """A port of the sandbox's own loopback."""
+
+    port: Annotated[int, Field(ge=1, le=65535)]
 
 
 class SignalBody(schema.Body):
@@ -169,6 +176,61 @@ def job_routes(router: APIRouter, control: ControlPlane) -> None:
     @router.put("/sandboxes/{id}/jobs/{job}/terminal", status_code=204, response_class=Response)
     async def resize(id: SandboxId, job: JobName, body: SizeBody, who: Who) -> Response:
         await call(who, id, "job_resize", job=job, size=[body.rows, body.columns])
+        return Response(status_code=204)
+
+
+def connection_routes(router: APIRouter, control: ControlPlane) -> None:
+    """Port forwarding: whoever asks has a socket of their own, and carries its bytes here (see rock_env.forward)."""
+    call = caller(control)
+
+    @router.put("/sandboxes/{id}/connections/{connection}", status_code=204, response_class=Response)
+    async def connect(id: SandboxId, connection: ConnectionId, body: PortBody, who: Who) -> Response:
+        """Connect to a port inside; `connection` is the caller's choice. 409 where nobody listens. May be repeated.
+
+        It is closed when nobody has asked for its data for two minutes; a sandbox has at most 32.
+        """
+        await call(who, id, "forward_open", connection=connection, port=body.port)
+        return Response(status_code=204)
+
+    @router.get("/sandboxes/{id}/connections/{connection}/data", response_class=Response)
+    async def receive(
+        id: SandboxId,
+        connection: ConnectionId,
+        who: Who,
+        seq: Annotated[int, Query(ge=0, le=_MAX_NUMBER)],
+        wait_seconds: Wait = 0.0,
+        max_bytes: Annotated[int, Query(ge=1, le=forward.READ_BYTES)] = forward.READ_BYTES,
+    ) -> Response:
+        """Bytes from inside, from number `seq` on; if there are none, waits. What came before `seq` is forgotten.
+
+        The header Rock-End is "true" where nothing will follow.
+        """
+        asked = {"connection": connection, "seq": seq, "seconds": wait_seconds, "max_bytes": max_bytes}
+        reply, data = await call(who, id, "forward_read", wait_seconds, **asked)
+        headers = {"Rock-End": "true" if reply["is_end"] else "false"}
+        return Response(data, media_type="application/octet-stream", headers=headers)
+
+    @router.post("/sandboxes/{id}/connections/{connection}/data")
+    async def send(
+        id: SandboxId,
+        connection: ConnectionId,
+        request: Request,
+        who: Who,
+        at: Annotated[int, Query(ge=0, le=_MAX_NUMBER)],
+        close: bool = False,
+        wait_seconds: Wait = 10.0,
+    ) -> Response:
+        """The body goes inside, as far as there is room in time; `close` then ends this way. `accepted`: so far.
+
+        With `at` (bytes sent before), what has arrived already is not taken twice.
+        """
+        sent = {"connection": connection, "at": at, "close": close, "seconds": wait_seconds}
+        return Json((await call(who, id, "forward_write", wait_seconds, await request.body(), **sent))[0])
+
+    @router.delete("/sandboxes/{id}/connections/{connection}", status_code=204, response_class=Response)
+    async def close(id: SandboxId, connection: ConnectionId, who: Who) -> Response:
+        """Idempotent."""
+        await call(who, id, "forward_close", connection=connection)
         return Response(status_code=204)
 
 

@@ -218,7 +218,7 @@ class Worker:
         with self._lock:
             entries, snapshots = list(self._entries.values()), list(self._snapshots)
         rows = {e.id: {"state": e.state, "reason": e.ended, "in_flight": e.in_flight} for e in entries}
-        return {"incarnation": self.incarnation, "sandboxes": rows, "snapshots": snapshots}, b""
+        return {**self.do_hello(b"")[0], "sandboxes": rows, "snapshots": snapshots}, b""
 
     def do_forget(self, blob: bytes, *, ids: list[str]) -> Reply:
         """The admin has taken note of these ends."""

@@ -138,7 +138,7 @@ class DockerBackend(WireCalls):
         enforced = {capability for limit, capability in limits.items() if engine.enforces(limit)}
         enforced |= {"readonly_binds"} if engine.is_local else set()
         always = {"disk", "network_closed", "audit", "seccomp", "session", "snapshot", "fork", "stats"}
-        always |= {"jobs", "terminal"}
+        always |= {"jobs", "terminal", "forward"}
         return frozenset(enforced | always)
 
     @property

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rock_env.supervisor import cgroups, files, linux, process
+from rock_env.supervisor import cgroups, files, helpers, linux, process
 from rock_env.supervisor.cgroups import Group
 from rock_env.supervisor.commands import PATH, Runner
 from rock_env.supervisor.faults import Fault
@@ -20,6 +20,8 @@ from rock_env.supervisor.loop import Event, Loop
 from rock_env.supervisor.store import AGENT_ID
 
 if TYPE_CHECKING:
+    import socket
+
     from rock_env.supervisor.machine import Machine
 
 _READY = b"\x06"
@@ -234,6 +236,9 @@ class Box(Runner):
     def null_fd(self) -> int:
         return self._machine.null_fd
 
+    async def connect_inside(self, port: int, seconds: float) -> socket.socket:
+        return await helpers.connect(self.loop, self, port, seconds)
+
     @property
     def init_fd(self) -> int:
         self.require_alive()
@@ -337,9 +342,10 @@ class Box(Runner):
         for session in self.sessions.values():
             session.close()
         self.jobs.abandon()
+        self.tunnels.abandon()
         self.watcher.close()
         self.notes.flush()
-        self._log.record("sandbox_ended", sandbox=self.name, reason=self.death, **usage)
+        self.record("sandbox_ended", reason=self.death, **usage)
         for name, fd in self._fds.items():
             if name == "init":
                 self.loop.remove_reader(fd)

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import time
 
-from rock_env.supervisor import linux, process
+from rock_env.supervisor import linux, process, tunnels
 from rock_env.supervisor.cgroups import Group
 from rock_env.supervisor.commands import Runner
 from rock_env.supervisor.faults import Fault
@@ -121,6 +122,12 @@ class Cell(Runner):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+    async def connect_inside(self, port: int, seconds: float) -> socket.socket:
+        try:  # loopback answers at once, so the loop does not stand still
+            return tunnels.connect(port, seconds)
+        except OSError as error:
+            raise tunnels.refused(port, error.errno or errno.ETIMEDOUT) from error
 
     # -- files
     def disks(self) -> list[os.statvfs_result]:

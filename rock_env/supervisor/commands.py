@@ -18,9 +18,11 @@ from rock_env.supervisor.jobs import Jobs
 from rock_env.supervisor.journal import Notes, Recorder
 from rock_env.supervisor.loop import Event, Loop
 from rock_env.supervisor.session import Session
+from rock_env.supervisor.tunnels import Tunnels
 from rock_env.supervisor.watch import Watcher
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterable
 
 _MAX_SESSIONS = 4096
@@ -56,6 +58,7 @@ class Runner:
         self.uid = uid
         self.sessions: dict[str, Session] = {}
         self.jobs = Jobs(self)
+        self.tunnels = Tunnels(self)
         self.death = ""
         self.died = Event(loop)
         self.notes = Notes(log, loop, name)
@@ -88,6 +91,14 @@ class Runner:
     async def kill_all(self) -> None:
         """SIGKILL everything inside but the guardians; returns when it is gone."""
         raise NotImplementedError(f"{type(self).__name__}.kill_all")
+
+    async def connect_inside(self, port: int, seconds: float) -> socket.socket:
+        """A connection to a port of the sandbox's own loopback. Raises Fault."""
+        raise NotImplementedError(f"{type(self).__name__}.connect_inside")
+
+    def record(self, event: str, **fields: object) -> None:
+        """Put something on record, now."""
+        self._log.record(event, sandbox=self.name, **fields)
 
     def disks(self) -> Iterable[os.statvfs_result]:
         """The file systems that `disk_bytes` is about."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from rock_env.supervisor import linux, process
+from rock_env.supervisor import linux, process, tunnels
 from rock_env.supervisor.faults import Fault
 from rock_env.supervisor.loop import Event, Loop
 
@@ -76,17 +77,52 @@ async def listen(loop: Loop, box: Box, port: int) -> tuple[int, socket.socket]:
     """A socket that listens on the sandbox's 127.0.0.1 (a socket of the host's can't), and its port: `port`, or another
     one if a program of the sandbox has that. Raises Fault."""
     pid, arriving = _listen_inside(box.init_fd, port)
+    text, fd = await _arrival(loop, pid, arriving, _LISTEN_SECONDS)
+    if fd is None:
+        raise Fault("unavailable", "network: cannot listen inside the sandbox")
+    return int(text), socket.socket(fileno=fd)
+
+
+def _connect_inside(pidfd: int, port: int, seconds: float) -> tuple[int, socket.socket]:
+    """As _listen_inside, for a connection to a port of their loopback; where there is none, the error's number."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            linux.setns(pidfd, linux.CLONE_NEWUSER | linux.CLONE_NEWNET)
+            try:
+                connection = tunnels.connect(port, seconds)
+            except OSError as error:
+                theirs.send(str(error.errno or errno.ETIMEDOUT).encode())
+            else:
+                socket.send_fds(theirs, [b"0"], [connection.fileno()])
+        finally:
+            os._exit(0)
+    theirs.close()
+    return pid, ours
+
+
+async def connect(loop: Loop, box: Box, port: int, seconds: float) -> socket.socket:
+    """A connection to a port of the sandbox's loopback. Raises Fault."""
+    pid, arriving = _connect_inside(box.init_fd, port, seconds)
+    text, fd = await _arrival(loop, pid, arriving, 2 * seconds + _LISTEN_SECONDS)
+    if fd is None:
+        raise tunnels.refused(port, int(text or errno.ETIMEDOUT))
+    return socket.socket(fileno=fd)
+
+
+async def _arrival(loop: Loop, pid: int, arriving: socket.socket, seconds: float) -> tuple[bytes, int | None]:
+    """What a child sent before it exited: a text, and a descriptor if there was one."""
     exited = Event(loop)
     loop.on_exit(pid, lambda status: exited.set())
     try:
-        await exited.wait(time.monotonic() + _LISTEN_SECONDS)
+        if not await exited.wait(time.monotonic() + seconds):
+            os.kill(pid, signal.SIGKILL)
         arriving.setblocking(False)
         try:
             text, fds, _, _ = socket.recv_fds(arriving, 16, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
-            fds = []
-        if not fds:
-            raise Fault("unavailable", "network: cannot listen inside the sandbox")
+            return b"", None
+        return text, fds[0] if fds else None
     finally:
         arriving.close()
-    return int(text), socket.socket(fileno=fds[0])

@@ -92,6 +92,25 @@ class Operations:
         self.box(id).jobs.get(job).resize((size[0], size[1]))
         return {}, b""
 
+    # -- forwarded connections
+    async def do_forward_open(self, blob: bytes, *, id: str, connection: str, port: int) -> Reply:
+        await self.box(id).tunnels.open(connection, port)
+        return {}, b""
+
+    async def do_forward_read(
+        self, blob: bytes, *, id: str, connection: str, seq: int, seconds: float, max_bytes: int
+    ) -> Reply:
+        return await self.box(id).tunnels.read(connection, seq, seconds, max_bytes)
+
+    async def do_forward_write(
+        self, blob: bytes, *, id: str, connection: str, at: int, close: bool, seconds: float
+    ) -> Reply:
+        return await self.box(id).tunnels.write(connection, blob, at, close, seconds), b""
+
+    async def do_forward_close(self, blob: bytes, *, id: str, connection: str) -> Reply:
+        self.box(id).tunnels.close(connection, "it was closed")
+        return {}, b""
+
     async def do_kill_all(self, blob: bytes, *, id: str) -> Reply:
         await self.box(id).kill_all()
         return {}, b""

@@ -190,11 +190,15 @@ def test_a_sandbox_that_dies_alone_is_noted(admin):
     user = admin.new_tenant("alone")
     box, other = user.start(), user.start()
     box.session().run("sleep 300 &")
-    before = descendants(admin.worker_pid())
-    firsts = [pid for pid in before if Path(f"/proc/{pid}/cmdline").read_bytes() == b"cat\0"]
-    assert len(firsts) == 2
+
+    def running(command):
+        found = descendants(admin.worker_pid())
+        return [pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(command)]
+
     # The first process of the first sandbox: the one whose namespace the `sleep` shares.
-    sleeper = next(pid for pid in before if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep\0"))
+    sleeper = wait_until(lambda: running(b"sleep\0"))[0]
+    firsts = running(b"cat\0")
+    assert len(firsts) == 2
     victim = next(p for p in firsts if os.readlink(f"/proc/{p}/ns/net") == os.readlink(f"/proc/{sleeper}/ns/net"))
     os.kill(victim, signal.SIGKILL)
     row = wait_until(lambda: (r := user.get(f"/v1/sandboxes/{box.id}"))["ended_at"] and r)

@@ -20,7 +20,7 @@ _ENV = {k: v for k, v in os.environ.items() if not k.startswith("ROCK_")}
 _ENV["PYTHONPATH"] = str(Path(rock_env.__file__).parents[1])
 
 
-_COMMANDS = "run exec shell ps logs jobs kill cp snapshot fork restore stop token audit admin hub worker doctor"
+_COMMANDS = "run exec shell ps logs jobs kill forward cp snapshot fork restore stop token audit admin hub worker doctor"
 
 
 class Rock:
