@@ -180,5 +180,6 @@ def _optimizer(
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "rounding": "nearest",
+            "memory": "device",
         }
     )

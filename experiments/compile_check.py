@@ -67,12 +67,14 @@ def memory_table(results: list, chip: object) -> Table:
     """GiB a device, by kind."""
     kinds = list(dict.fromkeys(kind for result in results for kind in result.memory))
     table = Table(title="memory a device, GiB" + (f" (HBM {chip.hbm / 2**30:.0f})" if chip else ""))
-    for title in ("program", *kinds, "total"):
+    hosted = list(dict.fromkeys(kind for result in results for kind in result.program.host))
+    for title in ("program", *kinds, "total", *(f"{kind} (host's memory)" for kind in hosted)):
         table.add_column(title, justify="left" if title == "program" else "right")
     for result in results:
         cells = [f"{result.memory[kind] / 2**30:.3f}" if kind in result.memory else "" for kind in kinds]
         total = "too much" if result.error else f"{result.total / 2**30:.3f}"
-        table.add_row(result.program.name, *cells, total)
+        host = [f"{result.program.host[kind] / 2**30:.3f}" if kind in result.program.host else "" for kind in hosted]
+        table.add_row(result.program.name, *cells, total, *host)
     return table
 
 

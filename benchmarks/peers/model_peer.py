@@ -40,6 +40,8 @@ def prompt_of(folder: Path) -> list[int]:
 
 
 def ours_train(folder: Path) -> Work:
+    from dataclasses import replace
+
     import numpy as np
 
     from rome.models.weights import load_pretrained
@@ -48,7 +50,9 @@ def ours_train(folder: Path) -> Work:
     from rome.training.steps import SupervisedBatch, make_supervised_step
 
     keep_freed_memory()
-    config, params = load_pretrained(folder, scan_layers=False)
+    config, params = load_pretrained(folder, head_chunk=256)
+    # unrolled layers are faster (dense a third, experts a tenth), and hold a copy of each layer's weights
+    config = replace(config, scan_layers=config.is_moe)
     optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, max_grad_norm=MAX_NORM), 1)
     state = init_state(params, optimizer)
     del params  # donated by the first step

@@ -11,7 +11,7 @@ from rome.models import param_specs
 from rome.models.params import is_spec
 from rome.models.sharding import Mesh, ShardingError, make_mesh
 from rome.training.settings import MeshSettings, RunSettings
-from rome.training.state import init_state, make_optimizer
+from rome.training.state import Offloaded, init_state, make_optimizer, require_memory
 
 
 class Meshes(NamedTuple):
@@ -31,7 +31,10 @@ def make_meshes(settings: MeshSettings) -> Meshes:
 
 
 def require_devices(settings: RunSettings) -> None:
-    """Raises ShardingError, which says how many devices a run needs and with how much memory, if they are not here."""
+    """Raises ShardingError, which says how many devices a run needs and with how much memory, if they are not here or
+    lack the memory that an optimizer is to use."""
+    for stage in ("cpt", "sft", "ipa"):
+        require_memory(make_optimizer(*settings.optimizer_of(stage)), jax.devices()[0])
     try:
         make_meshes(settings.mesh)
     except ShardingError as error:
@@ -43,9 +46,9 @@ def require_devices(settings: RunSettings) -> None:
 
 
 def state_bytes(settings: RunSettings) -> int:
-    """Of the parameters, their gradients and the optimizer's state, on all devices together."""
+    """Of the parameters, their gradients and the optimizer's state (if it lies there), on all devices together."""
     specs = param_specs(settings.model_config(settings.vocab_size))
     params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs, is_leaf=is_spec)
     optimizer = make_optimizer(settings.rl.optimizer, 1)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, params)))
+    kept = params if isinstance(optimizer, Offloaded) else jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((kept, params)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from rome.models.sharding import batch_shardings, param_shardings, replicated
 from rome.rollout.engine import compiled_functions
 from rome.rollout.programs import DecodeState, empty_state, slot_shardings
 from rome.training.settings import RunSettings
-from rome.training.state import init_state, make_optimizer, state_shardings
+from rome.training.state import HOST, Offloaded, init_state, make_optimizer, require_memory, state_shardings
 from rome.training.steps import PolicyStep
 
 
@@ -36,6 +36,7 @@ class Program:
       trace: gives `jax.stages.Traced`.
       arguments: bytes a device of its arguments, by kind.
       resident: bytes a device of what stays in memory beside them, by kind.
+      host: bytes a device of what lies in its host's memory, by kind.
       tokens: of all rows, that one call processes (padding included).
       model_flops: multiplications and additions that the model needs for them, recomputation not counted.
     """
@@ -46,6 +47,7 @@ class Program:
     resident: dict[str, int]
     tokens: int
     model_flops: float
+    host: dict[str, int] = field(default_factory=dict)
 
 
 def train_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
@@ -53,6 +55,7 @@ def train_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
     model = settings.model_config(settings.vocab_size)
     rows, length, chunks = settings.rl.micro_rows, settings.rl.row_length, settings.rl.max_chunks
     optimizer = make_optimizer(settings.rl.optimizer, settings.rl.steps)
+    require_memory(optimizer, mesh.devices.flat[0])
     specs, lora = param_specs(model), settings.rl.lora
     if lora.rank:
         specs = Adapted(specs, adapter_specs(model, lora), lora.alpha / lora.rank)
@@ -72,6 +75,7 @@ def train_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
     with_batch = {"parameters": held["parameters"], "batch": bytes_a_device(batch)}
     gradients = {"gradients": bytes_a_device(sums)}
     optimizer_stays = {"optimizer": held["optimizer"]}
+    host = {"optimizer": bytes_a_device(state.opt_state, HOST)} if isinstance(optimizer, Offloaded) else {}
     forward = forward_flops(model, rows * length, rows * length, length / 2)
     return [
         Program(
@@ -81,8 +85,9 @@ def train_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
             optimizer_stays,
             rows * length,
             3 * forward,
+            host,
         ),
-        Program("update", lambda: step.apply.trace(state, sums), held | gradients, {}, 0, 0.0),
+        Program("update", lambda: step.apply.trace(state, sums), held | gradients, {}, 0, 0.0, host),
         Program(
             "log-probs",
             lambda: step.log_probs.trace(params, batch),
@@ -90,6 +95,7 @@ def train_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
             optimizer_stays,
             rows * length,
             forward,
+            host,
         ),
     ]
 
@@ -155,9 +161,14 @@ def abstract_params(specs: Any, mesh: Mesh) -> Any:
     return _placed(shapes, param_shardings(specs, mesh))
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Of abstract arrays with shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def bytes_a_device(tree: Any, memory: str = "device") -> int:
+    """Of abstract arrays with shardings, those in this memory: "device" or `HOST`."""
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        place = HOST if leaf.sharding.memory_kind == HOST else "device"  # (None: the device's own)
+        return (place == memory) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

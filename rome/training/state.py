@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from rome.models import ModelConfig
 from rome.models.lora import specs_like, trained
-from rome.models.sharding import param_shardings, replicated
+from rome.models.sharding import ShardingError, param_shardings, replicated
 
 Params = Any
+HOST = "pinned_host"  # JAX's name of a device's memory on its host, for what is copied to and fro
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class OptimizerConfig:
 
     Moments are float32 whatever the parameters are. With `rounding` "stochastic", parameters must be bfloat16 and need
     no float32 masters: an update too small for their 8 bits survives in the mean.
+
+    `memory`: where the moments lie between updates. "pinned_host" is the host's memory, from which an update fetches
+    them; it computes the same.
     """
 
     learning_rate: float
@@ -43,6 +47,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     rounding: str = "nearest"
+    memory: str = "device"
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
@@ -51,6 +56,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.schedule: expected 'constant' or 'cosine', found {self.schedule!r}")
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"optimizer.rounding: expected 'nearest' or 'stochastic', found {self.rounding!r}")
+        if self.memory not in ("device", HOST):
+            raise ValueError(f"optimizer.memory: expected 'device' or {HOST!r}, found {self.memory!r}")
         if (self.adam_learning_rate is not None) != (self.name == "muon"):
             raise ValueError("optimizer.adam_learning_rate: expected a number for 'muon' and None for 'adamw'")
         ranges = {
@@ -93,7 +100,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             mask=_decayed,
         )
     chain = _in_float32(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer))
-    return chain if config.rounding == "nearest" else optax.chain(chain, round_stochastically())
+    if config.rounding == "stochastic":
+        chain = optax.chain(chain, round_stochastically())
+    return chain if config.memory == "device" else offloaded(chain)
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -104,6 +113,33 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
         return optimizer.update(cast(gradients), state, cast(params))
 
     return optax.GradientTransformation(lambda params: optimizer.init(cast(params)), update)
+
+
+class Offloaded(optax.GradientTransformation):
+    """An optimizer whose state, counters apart, lies in the host's memory between updates."""
+
+
+def offloaded(optimizer: optax.GradientTransformation) -> Offloaded:
+    """The same optimizer, whose arrays an update fetches from the host's memory and puts back."""
+
+    def moved(state: optax.OptState, space: jax.memory.Space) -> optax.OptState:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
+
+    def update(gradients: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+        updates, state = optimizer.update(gradients, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return Offloaded(lambda params: moved(optimizer.init(params), jax.memory.Space.Host), update)
+
+
+def require_memory(optimizer: optax.GradientTransformation, device: jax.Device) -> None:
+    """Raises ShardingError if the optimizer's state is to lie in a memory that such a device does not have."""
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if isinstance(optimizer, Offloaded) and HOST not in kinds:
+        raise ShardingError(
+            f"optimizer.memory: expected 'device', for a device of kind {device.device_kind!r} has no {HOST!r}, "
+            f"only {kinds}"
+        )
 
 
 def round_stochastically(seed: int = 0) -> optax.GradientTransformation:
@@ -193,12 +229,13 @@ def params_shardings(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
 def state_shardings(
     state: TrainState, optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh
 ) -> TrainState:
-    """Where a state lies, as a `TrainState` of shardings: what the optimizer keeps for a parameter lies with it, the
-    rest (counters) everywhere. `state` may be abstract."""
+    """Where a state lies, as a `TrainState` of shardings: what the optimizer keeps for a parameter is split as that is
+    (and in the host's memory if it is `Offloaded`), the rest (counters) lies everywhere. `state` may be abstract."""
     whole, params = replicated(mesh), params_shardings(state.params, config, mesh)
+    kind = HOST if isinstance(optimizer, Offloaded) else None
     kept = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
+        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding.with_memory_kind(kind),
         state.opt_state,
         trained(params),
         transform_non_params=lambda _: whole,
@@ -215,7 +252,8 @@ def _is_masked(leaf: Any) -> bool:
 def init_state_on(
     mesh: Mesh | None, params: Params, optimizer: optax.GradientTransformation, config: ModelConfig
 ) -> TrainState:
-    """`init_state`, made where it will lie."""
+    """`init_state`, made where it will lie. Raises ShardingError if there is no such memory."""
+    require_memory(optimizer, jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     if mesh is None:
         return init_state(params, optimizer)
     shardings = state_shardings(jax.eval_shape(lambda p: init_state(p, optimizer), params), optimizer, config, mesh)

@@ -40,7 +40,9 @@ MESHES = {
     "fsdp × expert × context": MeshConfig(fsdp=2, expert=2, context=2),
     "data × tensor": MeshConfig(data=4, tensor=2),
 }
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, weight_decay=0.1), 10)
+ADAMW = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+OPTIMIZER = make_optimizer(ADAMW, 10)
+OFFLOADED = make_optimizer(dataclasses.replace(ADAMW, memory="pinned_host"), 10)
 
 
 def policy_batch() -> PolicyBatch:
@@ -75,36 +77,44 @@ def replayed_experts(rng: np.random.Generator) -> np.ndarray:
     return np.where(recorded, np.concatenate([first, other], axis=-1), -1).astype(np.int16)
 
 
-def train_step(model: ModelConfig, config: MeshConfig) -> dict[str, Any]:
+def train_step(model: ModelConfig, config: MeshConfig, optimizer: Any = OPTIMIZER) -> dict[str, Any]:
     """One policy step: loss, log-probs, gradients, and the state after the update."""
     mesh, params, batch = make_mesh(config), jax.tree.map(jax.numpy.array, params_of(model)), policy_batch()
     totals = batch_totals(batch, ObjectiveConfig())
     if mesh is not None:
         params = jax.device_put(params, param_shardings(param_specs(model), mesh))
         batch = jax.device_put(batch, batch_shardings(batch, mesh, TOKENS))
-    step = PolicyStep(model, ObjectiveConfig(), OPTIMIZER, False, mesh=mesh)
-    state = init_state_on(mesh, params, OPTIMIZER, model)
+    step = PolicyStep(model, ObjectiveConfig(), optimizer, False, mesh=mesh)
+    state = init_state_on(mesh, params, optimizer, model)
     gradients, (loss, _, logp) = step.accumulate(state.params, step.zeros(state.params), batch, totals)
     found = jax.device_get({"loss": loss, "logp": logp, "gradients": gradients})
     before = jax.tree.map(lambda leaf: str(leaf.sharding), state)
     state, norm = step.apply(state, gradients)
     after = jax.tree.map(lambda leaf: str(leaf.sharding), state)
     shares = {name: leaf.addressable_shards[0].data.size / leaf.size for name, leaf in state.params["layers"].items()}
-    found |= {"norm": float(norm), "shares": shares, "moved": before != after}
+    found |= {"norm": float(norm), "shares": shares, "moved": before != after, "memory": memory_kinds(state)}
     return found | {"state": state, "host_state": jax.device_get(state)}
 
 
+def memory_kinds(state: Any) -> dict[str, set[str]]:
+    """Where the arrays lie, counters apart."""
+    parts = {"params": state.params, "moments": state.opt_state}
+    return {
+        name: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(part) if leaf.ndim} for name, part in parts.items()
+    }
+
+
 def restored_elsewhere(saved: Any, config: MeshConfig) -> Any:
-    """The state after a round trip through a checkpoint onto another mesh."""
+    """The state after a round trip through a checkpoint onto another mesh, whose moments lie on the host."""
     mesh = make_mesh(config)
-    template = init_state_on(mesh, jax.tree.map(jax.numpy.zeros_like, params_of(MODEL)), OPTIMIZER, MODEL)
+    template = init_state_on(mesh, jax.tree.map(jax.numpy.zeros_like, params_of(MODEL)), OFFLOADED, MODEL)
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = Checkpointer(Path(folder))
         checkpointer.save(1, saved, {"stage": "ipa"})
         state, _, _ = checkpointer.restore(1, template)
         checkpointer.close()
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, template)
-    return {"state": jax.device_get(state), "placed": all(jax.tree.leaves(same))}
+    return {"state": jax.device_get(state), "placed": all(jax.tree.leaves(same)), "memory": memory_kinds(state)}
 
 
 def decode(config: MeshConfig) -> dict[int, Any]:
@@ -130,7 +140,9 @@ def decode(config: MeshConfig) -> dict[int, Any]:
 
 def main(path: str) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
-    runs = {name: train_step(MODEL, config) for name, config in MESHES.items()}
+    # the moments of one of the runs lie on the host: it is compared with the others
+    optimizers = {"data × tensor": OFFLOADED}
+    runs = {name: train_step(MODEL, config, optimizers.get(name, OPTIMIZER)) for name, config in MESHES.items()}
     saved = runs["fsdp × expert × context"]["state"]
     for run in runs.values():
         del run["state"]

@@ -164,9 +164,9 @@ def test_a_program_compiles_for_a_tpu_that_is_not_there():
 
 
 def test_shapes_alone_give_the_memory_that_is_kept():
-    done = _check("cpu:8", "--shapes", "--programs=update,decode")
+    done = _check("cpu:8", "--shapes", "--programs=update,decode", "--config.rl.optimizer.memory=pinned_host")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "optimizer" in done.stdout
+    assert "optimizer (host's memory)" in done.stdout
     assert "KV cache" in done.stdout
     assert "temporaries" not in done.stdout
 

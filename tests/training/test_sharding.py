@@ -52,6 +52,7 @@ def test_the_updated_state_is_that_of_one_device_and_stays_where_it_was(found, m
     )
     assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(moved)) < 1e-4
     assert not many["moved"]
+    assert many["memory"] == {"params": {"device"}, "moments": {"pinned_host" if "tensor" in mesh else "device"}}
 
 
 @pytest.mark.slow
@@ -69,6 +70,7 @@ def test_a_checkpoint_restores_on_another_mesh(found):
     restored = found["restored"]
     jax.tree.map(np.testing.assert_array_equal, restored["state"], saved)
     assert restored["placed"]
+    assert restored["memory"] == {"params": {"device"}, "moments": {"pinned_host"}}
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,17 @@ from training_toys import DENSE, MOE, SHALLOW, distance, params_of
 
 from rome.models import init_params
 from rome.models.lora import LoraConfig, adapt, merge
+from rome.models.sharding import ShardingError
 from rome.training.state import (
+    HOST,
     OptimizerConfig,
     _matrices,
     _schedule,
     bfloat16_stochastically,
     init_state,
+    init_state_on,
     make_optimizer,
+    require_memory,
 )
 from rome.training.steps import SupervisedBatch, make_supervised_step
 
@@ -207,10 +212,40 @@ def test_lora_trains_its_adapters_and_nothing_else():
     assert distance(merge(state.params), base) > 1e-2
 
 
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=lambda config: config.name)
+def test_moments_on_the_host_change_nothing(config):
+    """Bit for bit, and they are there before and after an update."""
+    states, losses = [], []
+    for memory in ("device", HOST):
+        optimizer = make_optimizer(dataclasses.replace(config, memory=memory), 10)
+        state = init_state_on(None, jax.tree.map(jnp.array, params_of(SHALLOW)), optimizer, SHALLOW)
+        step = make_supervised_step(SHALLOW, optimizer)
+        for _ in range(3):
+            moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+            assert {leaf.sharding.memory_kind for leaf in moments} == {memory}
+            state, metrics = step(state, _batch())
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+        states.append(state)
+        losses.append(float(metrics["train/loss"]))
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    assert distance(*states) == 0
+    assert losses[0] == losses[1]
+
+
+def test_a_device_without_such_memory_is_refused():
+    memories = [SimpleNamespace(kind="device"), SimpleNamespace(kind="unpinned_host")]
+    device = SimpleNamespace(device_kind="abacus", addressable_memories=lambda: memories)
+    require_memory(make_optimizer(ADAMW, 10), device)
+    offloaded = make_optimizer(dataclasses.replace(ADAMW, memory=HOST), 10)
+    with pytest.raises(ShardingError, match=r"optimizer\.memory: expected 'device', for .*'abacus' has no 'pinned_host'"):
+        require_memory(offloaded, device)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("name", "sgd"),
+        ("memory", "disk"),
         ("rounding", "up"),
         ("schedule", "linear"),
         ("adam_learning_rate", 1e-3),
