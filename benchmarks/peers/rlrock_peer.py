@@ -1,4 +1,4 @@
-"""rl-rock's side of benchmarks/sandbox.py: sessions of its rocklet, in this process (a bash without a sandbox around it).
+"""rl-rock in benchmarks/sandbox.py: sessions of its rocklet, in this process (a bash without a sandbox around it).
 
 Runs in a Python that has `rl-rock[rocklet]`; prints one JSON object: milliseconds by operation.
 """

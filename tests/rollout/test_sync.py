@@ -12,8 +12,8 @@ from rollout_toys import MODEL, Journal, ToyEnv, ToyRenderer, toy_engine, toy_pa
 
 from rome.models.lora import LoraConfig, adapt, merge
 from rome.rollout import RolloutRunner
-from rome.rollout.weights import EngineError
 from rome.rollout.sync import AdapterMerger, AdapterUpdate, num_bytes, update_of
+from rome.rollout.weights import EngineError
 
 LORA = LoraConfig(rank=2, targets=("wq", "down", "lm_head"))
 
