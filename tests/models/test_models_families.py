@@ -63,6 +63,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention_bias": False}),
     ("llama", {"mlp_bias": False}),
     ("llama", {"head_dim": 6}),
+    ("llama", {"hidden_size": 32}),
     ("llama", {"num_attention_heads": 6}),
     ("llama", {"num_key_value_heads": 4}),
     ("llama", {"num_hidden_layers": 2}),
@@ -109,6 +110,34 @@ def test_every_field_changes_the_logits_as_it_does_upstream(model_type, changes)
     base = compare(model_type, "{}")
     changed = compare(model_type, json.dumps(changes))
     assert np.abs(changed - base).max() > 1e-2
+
+
+# no part of the function that a model computes: how it is computed, how it starts, and what training adds
+RUNTIME = {
+    *("dtype", "param_dtype", "remat", "scan_layers", "head_chunk", "attention_kernel", "moe_dispatch"),
+    *("qk_norm_init", "router_aux_loss_coef", "router_z_loss_coef", "max_position_embeddings"),
+}
+
+
+def test_no_field_is_left_out():
+    """The cases above change every field of a config and of its rope scaling, or the families differ in it."""
+
+    def fields(model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
+        raw = oracle.CLASSES[model_type][0](**BASES[model_type] | changes).to_diff_dict()
+        config = from_hf_config(json.loads(json.dumps(raw)))
+        found = dict(vars(config))
+        scaling = vars(found.pop("rope_scaling") or RopeScaling("linear", 1.0))
+        return found | {f"rope_scaling.{name}": value for name, value in scaling.items()}
+
+    changed = set()
+    for model_type, changes in CHANGES:
+        before, after = fields(model_type, {}), fields(model_type, changes)
+        changed |= {name for name in after if before.get(name) != after[name]}
+    bases = [fields(model_type, {}) for model_type in BASES]
+    changed |= {name for base in bases for name in base if base[name] != bases[0][name]}
+    named = {field.name for field in dataclasses.fields(ModelConfig)} - {"rope_scaling", "vocab_size"} - RUNTIME
+    named |= {f"rope_scaling.{field.name}" for field in dataclasses.fields(RopeScaling)}
+    assert named - changed == set()
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe"])

@@ -132,7 +132,18 @@ def test_a_topology_that_cannot_be_is_refused(name):
         topology_devices(name)
 
 
-def _check(topology: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+SMALL_CHIP = """
+import runpy, sys
+import jax
+from rome.training import compile_check
+chip = compile_check.Chip(hbm=float(sys.argv.pop(1)), flops=1e12, bandwidth=1e9, interconnect=1e9)
+compile_check.topology_devices = lambda name: (jax.devices(), chip)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def _check(topology: str, *arguments: str, hbm: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the script; `hbm`: for chips of so many bytes, which no topology that can be had here has."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -140,7 +151,8 @@ def _check(topology: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "200",
     }
-    command = [sys.executable, str(ROOT / "experiments/compile_check.py"), f"--topology={topology}"]
+    run = [sys.executable] if hbm is None else [sys.executable, "-c", SMALL_CHIP, str(hbm)]
+    command = [*run, str(ROOT / "experiments/compile_check.py"), f"--topology={topology}"]
     command += [f"--config={ROOT / 'configs/rome_tiny.py'}", *(f"--config.{one}" for one in SMALL), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
@@ -169,6 +181,14 @@ def test_shapes_alone_give_the_memory_that_is_kept():
     assert "optimizer (host's memory)" in done.stdout
     assert "KV cache" in done.stdout
     assert "temporaries" not in done.stdout
+
+
+def test_what_does_not_fit_the_chip_is_an_error():
+    state = ("--shapes", "--programs=update")
+    assert _check("cpu:8", *state, hbm=1e9).returncode == 0
+    done = _check("cpu:8", *state, hbm=1e3)
+    assert done.returncode == 1, done.stdout + done.stderr[-3000:]
+    assert "update" in done.stdout
 
 
 def test_a_mesh_of_another_size_is_one_sentence():

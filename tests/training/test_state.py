@@ -237,7 +237,7 @@ def test_a_device_without_such_memory_is_refused():
     device = SimpleNamespace(device_kind="abacus", addressable_memories=lambda: memories)
     require_memory(make_optimizer(ADAMW, 10), device)
     offloaded = make_optimizer(dataclasses.replace(ADAMW, memory=HOST), 10)
-    with pytest.raises(ShardingError, match=r"optimizer\.memory: expected 'device'.*'abacus' has no 'pinned_host'"):
+    with pytest.raises(ShardingError, match=r"optimizer\.memory: .*'abacus' has no 'pinned_host'"):
         require_memory(offloaded, device)
 
 
