@@ -108,6 +108,7 @@ async def running(nodes: int, capacity: int) -> AsyncIterator[tuple[Admin, Any, 
         cluster.wait_for_nodes(timeout=_SECONDS)
         with tempfile.TemporaryDirectory() as folder:
             settings = {"workers": 0, "capacity": capacity, "ray": cluster.address, "orphan_seconds": 30.0}
+            settings |= {"reconcile_seconds": 5.0, "worker_seconds": 300.0}  # all nodes share this machine's cores
             admin = Admin(AdminConfig(Path(folder), backends=("simulated",), **settings), register)
             await admin.start()
             try:
