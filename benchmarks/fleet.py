@@ -31,6 +31,7 @@ from rock_env.errors import SandboxDead
 from rock_env.spec import CommandResult, FileEntry, FileInfo, SandboxStats
 
 _SECONDS = 600.0  # until anything that is waited for counts as hung
+_NODE_ATTEMPTS = 5
 _HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 _WHO = Principal("benchmark", ADMIN_TENANT, True, None, frozenset(SCOPES))
 
@@ -93,6 +94,18 @@ def rss_mb(pid: int) -> float:
     return 0.0
 
 
+def _add_node(cluster: Any) -> Any:
+    """Ray gives a node 30 seconds to start, which a busy machine may not have."""
+    attempts = 1
+    while True:
+        try:
+            return cluster.add_node(num_cpus=0)
+        except Exception as error:  # of no other type
+            if attempts == _NODE_ATTEMPTS or "timed out" not in str(error):
+                raise
+            attempts += 1
+
+
 @asynccontextmanager
 async def running(nodes: int, capacity: int) -> AsyncIterator[tuple[Admin, Any, dict[str, Any]]]:
     """(an admin, the cluster, its nodes but the head by their worker's name); each of `nodes` nodes has a worker."""
@@ -104,10 +117,10 @@ async def running(nodes: int, capacity: int) -> AsyncIterator[tuple[Admin, Any, 
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": _HEALTH}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        added = [cluster.add_node(num_cpus=0, wait=False) for _ in range(nodes - 1)]
-        cluster.wait_for_nodes(timeout=_SECONDS)
+        added = [_add_node(cluster) for _ in range(nodes - 1)]
         with tempfile.TemporaryDirectory() as folder:
             settings = {"workers": 0, "capacity": capacity, "ray": cluster.address, "orphan_seconds": 30.0}
+            settings |= {"reconcile_seconds": 5.0, "worker_seconds": 300.0}  # all nodes share this machine's cores
             admin = Admin(AdminConfig(Path(folder), backends=("simulated",), **settings), register)
             await admin.start()
             try:

@@ -1,10 +1,12 @@
 """Measure the sandboxes of this machine: latency of every operation (local, and over REST), CPU time per sandbox, 200
 live at once. Needs the extra `rock`.
 
-python benchmarks/sandbox.py [--repeats 50] [--live 200] [--docker-repeats 20] [--swerex PYTHON] [--json FILE]
+python benchmarks/sandbox.py [--repeats 50] [--live 200] [--docker-repeats 20] [--swerex PYTHON] [--rlrock PYTHON]
+                             [--json FILE]
 python benchmarks/sandbox.py --simulated 10000 [--nodes 10] [--json FILE]
 
-`--swerex`: a Python that has `swe-rex`, whose local sessions are measured in the same run.
+`--swerex`, `--rlrock`: a Python that has `swe-rex`, or `rl-rock[rocklet]`, whose local sessions are measured in the
+same run (`python -m venv V; V/bin/pip install 'rl-rock[rocklet]'`, then `--rlrock V/bin/python`).
 `--simulated`: only this: the control plane over Ray (extra `ray`) with so many sandboxes that are names alone.
 Docker's rows need a daemon at $DOCKER_HOST; `python tests/docker_daemon.py python benchmarks/sandbox.py` starts one.
 """
@@ -170,10 +172,12 @@ def measure_live(results: Results, count: int) -> float:
                 box.stop()
 
 
-def measure_swerex(results: Results, python: str, repeats: int) -> None:
-    """SWE-ReX's local sessions, which are a bash without a sandbox."""
-    peer = Path(__file__).parent / "peers" / "swerex_peer.py"
-    answer = subprocess.run([python, str(peer), str(repeats)], capture_output=True, text=True, timeout=900, check=True)
+def measure_peer(results: Results, python: str, program: str, repeats: int) -> None:
+    """Another's local sessions, which are a bash without a sandbox, in an interpreter that has it."""
+    peer = Path(__file__).parent / "peers" / program
+    answer = subprocess.run([python, str(peer), str(repeats)], capture_output=True, text=True, timeout=900)
+    if answer.returncode:
+        raise RuntimeError(f"{program}: {answer.stderr[-2000:]}")
     for name, values in json.loads(answer.stdout.splitlines()[-1]).items():
         results.add(name, values)
 
@@ -275,6 +279,7 @@ def main() -> None:
     parser.add_argument("--live", type=int, default=200)
     parser.add_argument("--docker-repeats", type=int, default=20, help="0: leave Docker out")
     parser.add_argument("--swerex", help="a Python interpreter that has swe-rex")
+    parser.add_argument("--rlrock", help="a Python interpreter that has rl-rock[rocklet]")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--simulated", type=int, help="simulated sandboxes, over Ray; measures nothing else")
     parser.add_argument("--nodes", type=int, default=10, help="simulated nodes, at least 2")
@@ -292,7 +297,9 @@ def main() -> None:
     each = measure_live(results, arguments.live)
     print(f"a live sandbox with a session takes {each:.2f} MB of memory")
     if arguments.swerex:
-        measure_swerex(results.named("SWE-ReX: "), arguments.swerex, arguments.repeats)
+        measure_peer(results.named("SWE-ReX: "), arguments.swerex, "swerex_peer.py", arguments.repeats)
+    if arguments.rlrock:
+        measure_peer(results.named("rl-rock: "), arguments.rlrock, "rlrock_peer.py", arguments.repeats)
     if arguments.docker_repeats:
         measure_docker(results, arguments.docker_repeats)
     cpu = {

@@ -5,6 +5,7 @@ admin of this machine ($ROCK_ADMIN_DIR), else, for `run` and `shell`, of this pr
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shlex
 import signal
@@ -374,6 +375,8 @@ def verify(
 def show_doctor() -> None:
     """What this machine can enforce. Exit code 1 when no sandbox can start."""
     report = doctor()
+    has_ray = importlib.util.find_spec("ray") is not None
+    report["ray"] = {"ok": has_ray, "how": "workers on a cluster: rock admin start --ray; the extra `ray`"}
     table = Table("item", "", "how", box=None)
     for name, row in report.items():
         table.add_row(name, "yes" if row["ok"] else "NO", row["how"])

@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -68,6 +69,20 @@ class Host:
         return self.is_up and self.used < self.capacity
 
 
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only we can read, atomically."""
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 class LocalWorker:
     """A worker process on this machine, in a directory of its own. Whoever holds the directory's lock is it."""
 
@@ -79,13 +94,7 @@ class LocalWorker:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._secret = directory / "secret"
         if not self._secret.exists():
-            temporary = directory / "secret.tmp"
-            temporary.unlink(missing_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._secret)
+            write_private(self._secret, secrets.token_hex(32))
 
     @property
     def address(self) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rock_env.admin.hosts import Host
+from rock_env.admin.hosts import Host, WorkerLink, write_private
 from rock_env.admin.worker import Reply, Worker
 from rock_env.backend import close_backends
 from rock_env.errors import BackendUnavailable, RequestTimeout, RockError, SpecError, from_wire
@@ -38,6 +38,7 @@ class WorkerActor:
     """
 
     def __init__(self, name: str, orphan_seconds: float, prepare: Callable[[], None] | None) -> None:
+        _usual_priority()
         if prepare is not None:
             prepare()
         done = threading.Event()
@@ -47,6 +48,13 @@ class WorkerActor:
 
     def handle(self, header: dict, blob: bytes) -> Reply:
         return self._worker.handle(header, blob)
+
+
+def _usual_priority() -> None:
+    """Ray runs its workers at niceness 15, which ours and all its sandboxes would have; as root it can be undone."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
 
 
 def _end_after(done: threading.Event) -> None:
@@ -133,7 +141,7 @@ class RayProcess:
         }
         ray.remote(WorkerActor).options(**options).remote(*self._arguments)
 
-    async def bring_up(self, link: RayLink) -> dict:
+    async def bring_up(self, link: WorkerLink) -> dict:
         """Find the living worker, or start one, and wait until it answers."""
         deadline = time.monotonic() + _SPAWN_SECONDS
         if await self.is_dead():
@@ -196,7 +204,7 @@ class RayFleet:
     async def connect(self) -> None:
         """Join the cluster. Raises BackendUnavailable when there is none."""
         if not self._name.exists():
-            self._name.write_text(f"rock-{secrets.token_hex(8)}\n")
+            write_private(self._name, f"rock-{secrets.token_hex(8)}\n")
         self._namespace = self._name.read_text().strip()
         await asyncio.to_thread(self._connect)
         if threading.current_thread() is threading.main_thread():  # Ray's own handler aborts at a second SIGTERM

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from rock_env.admin.auth import ADMIN_TENANT, Redact, new_key
 from rock_env.admin.control import ControlPlane, Record
 from rock_env.admin.database import Database
 from rock_env.admin.gem import Environments
-from rock_env.admin.hosts import Host
+from rock_env.admin.hosts import Host, write_private
 from rock_env.admin.hub_routes import HubStore
 from rock_env.admin.link import Link, read_secret
 from rock_env.admin.models import Tenant
@@ -99,20 +98,6 @@ def default_directory() -> Path:
     """$ROCK_ADMIN_DIR, else rock/admin in $XDG_STATE_HOME (~/.local/state)."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(os.environ.get("ROCK_ADMIN_DIR") or os.path.join(state, "rock", "admin"))
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only we can read, atomically."""
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def lock_directory(directory: Path) -> int:

@@ -124,10 +124,7 @@ class Cell(Runner):
                 os.kill(pid, signal.SIGCONT)
 
     async def connect_inside(self, port: int, seconds: float) -> socket.socket:
-        try:  # loopback answers at once, so the loop does not stand still
-            return tunnels.connect(port, seconds)
-        except OSError as error:
-            raise tunnels.refused(port, error.errno or errno.ETIMEDOUT) from error
+        return await tunnels.connect(self.loop, tunnels.sockets(), port, seconds)
 
     # -- files
     def disks(self) -> list[os.statvfs_result]:

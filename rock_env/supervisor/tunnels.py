@@ -7,13 +7,15 @@ window is full nothing is read: the program inside waits, as for any slow peer.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
 import time
 from typing import TYPE_CHECKING
 
 from rock_env.supervisor.faults import Fault
-from rock_env.supervisor.loop import Event, Timer
+from rock_env.supervisor.loop import Event, Loop, Timer
 
 if TYPE_CHECKING:
     from rock_env.supervisor.commands import Runner
@@ -37,7 +39,6 @@ class Tunnel:
         self._broken = False
         self._changed = Event(box.loop)
         self.used, self.in_use = time.monotonic(), 0
-        connection.setblocking(False)
         self._listen()
 
     @property
@@ -225,16 +226,41 @@ class Tunnels:
             self.close(id, "the sandbox has ended")
 
 
-def connect(port: int, seconds: float) -> socket.socket:
-    """A connection to the loopback of the network namespace that this process is in. Raises OSError."""
-    try:
-        return socket.create_connection(("127.0.0.1", port), timeout=seconds)
-    except ConnectionRefusedError as refusal:
-        try:
-            return socket.create_connection(("::1", port), timeout=seconds)
-        except OSError:
-            raise refusal from None
+def sockets() -> list[socket.socket]:
+    """Sockets of the network namespace that this process is in, for `connect`: IPv4 and, if there is such, IPv6."""
+    found = [socket.socket(socket.AF_INET)]
+    with contextlib.suppress(OSError):
+        found.append(socket.socket(socket.AF_INET6))
+    return found
 
 
-def refused(port: int, number: int) -> Fault:
-    return Fault("forward_failed", f"port {port}: {os.strerror(number)}")
+async def connect(loop: Loop, unconnected: list[socket.socket], port: int, seconds: float) -> socket.socket:
+    """The first of the sockets that gets a connection to the loopback of its namespace. Raises Fault.
+
+    Never blocks: a program that accepts nothing must not hold us.
+    """
+    deadline = time.monotonic() + seconds
+    first, found = 0, None
+    for each in unconnected:
+        number = errno.EINVAL if found is not None else await _connect(loop, each, port, deadline)
+        if number == 0:
+            found = each
+        else:
+            each.close()
+            first = first or number
+    if found is None:
+        raise Fault("forward_failed", f"port {port}: {os.strerror(first)}")
+    return found
+
+
+async def _connect(loop: Loop, connection: socket.socket, port: int, deadline: float) -> int:
+    """0, or the error's number."""
+    connection.setblocking(False)
+    number = connection.connect_ex(("127.0.0.1" if connection.family == socket.AF_INET else "::1", port))
+    if number != errno.EINPROGRESS:
+        return number
+    writable = Event(loop)
+    loop.add_writer(connection.fileno(), writable.set)
+    in_time = await writable.wait(deadline)
+    loop.remove_writer(connection.fileno())
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if in_time else errno.ETIMEDOUT

@@ -9,7 +9,8 @@ from test_admin_faults import descendants, is_gone
 from rock_env import SandboxDead
 
 pytest.importorskip("ray")
-WAIT = 90.0
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+WAIT = 240.0
 # A dead node is noticed in seconds, and not in half a minute.
 _HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 

@@ -135,6 +135,27 @@ def test_nobody_listens(box):
         assert isinstance(forward.failure, ForwardFailed) and "refused" in str(forward.failure)
 
 
+def test_one_that_accepts_nothing_holds_nobody(box):
+    """Its backlog is full, so that a connection neither opens nor fails."""
+    full = "import socket, time; s = socket.create_server(('127.0.0.1', 7002), backlog=0)"
+    full += "; c = [socket.socket() for _ in 'abcd']; [x.setblocking(False) for x in c]"
+    full += "; [x.connect_ex(('127.0.0.1', 7002)) for x in c]; print('full', flush=True)"
+    job = start_server(box, ["python3", "-c", f"{full}; time.sleep(600)"], b"full")
+    opening = threading.Thread(target=_refusal, args=(box, found := []))
+    opening.start()
+    assert box.execute("echo on").output == "on\n"
+    opening.join(SECONDS)
+    assert len(found) == 1 and isinstance(found[0], ForwardFailed) and "timed out" in str(found[0])
+    job.kill()
+
+
+def _refusal(box, found):
+    try:
+        box._backend.call(box.id, "forward_open", 30.0, connection="f" * 16, port=7002)
+    except ForwardFailed as error:
+        found.append(error)
+
+
 def test_there_is_a_bound(box, echo):
     opened = []
     try:
