@@ -166,6 +166,8 @@ def test_a_forced_call_in_our_own_format_is_a_command_between_its_tokens(engine)
 def test_a_grammar_that_is_none_says_what_is_wrong():
     pytest.importorskip("llguidance")
     compiler = GrammarCompiler(CHAT.vocabulary())
+    with pytest.raises(GrammarError, match="no token that ends"):
+        GrammarCompiler(CHAT.vocabulary()._replace(ends=frozenset()))
     with pytest.raises(GrammarError, match="banana"):
         compiler.compile(json_grammar({"type": "banana"}))
     with pytest.raises(GrammarError):
