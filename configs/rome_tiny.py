@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0,
+            "precision": "model",
         }
     )
     config.rollout = ConfigDict(

@@ -42,10 +42,15 @@ WEIGHTS = {
     "train/positive_fraction": "train/trajectories",
     "train/return_mean": "train/chunks",
     "ratio/clipped_fraction": "train/ratio_units",
+    "mismatch/token_kl": "train/tokens",
 } | {
     name.replace("LEVEL", level): count
     for level, count in COUNT_OF.items()
-    for name in ("mask/LEVEL_dropped", *(f"{kind}/LEVEL_{s}" for kind in ("ratio", "mismatch") for s in SPREAD))
+    for name in (
+        "mask/LEVEL_dropped",
+        "mismatch/LEVEL_gap",
+        *(f"{kind}/LEVEL_{s}" for kind in ("ratio", "mismatch") for s in SPREAD),
+    )
 }
 """Which count weighs each metric that is not itself a sum, when metrics are merged."""
 
@@ -56,7 +61,9 @@ def policy_metrics(
     """Metrics of one (micro-)batch; LEVEL is token, chunk or trajectory, over what L_RL trains. float32 scalars.
 
       ratio/LEVEL_{mean,min,max}     pi_theta / reference
-      mismatch/LEVEL_{mean,min,max}  pi_old / mu
+      mismatch/LEVEL_{mean,min,max}  pi_old / mu. Its mean is near 1 however far the two are apart: mu drew the tokens
+      mismatch/LEVEL_gap             mean |log pi_old / mu|
+      mismatch/token_kl              of mu from pi_old in nats, estimated as the mean of r - 1 - log r, r = pi_old / mu
       ratio/clipped_fraction         of the ratio units that `ratio_on` applies to (train/ratio_units), those above 1
       mask/LEVEL_dropped             fraction of the units with no token left
       train/positive_fraction        of the trajectories
@@ -86,8 +93,9 @@ def policy_metrics(
     size, readable, drift, mismatch, left, positive, returns = sums
 
     present, readable = size > 0, jnp.maximum(readable, 1.0)
-    ratio, mismatch = bounded_exp(drift / readable), bounded_exp(mismatch / readable)
-    count, dropped = _count(present), _mean(left == 0, present)  # [L]
+    gap = mismatch / readable
+    ratio, mismatch = bounded_exp(drift / readable), bounded_exp(gap)
+    count, dropped, gaps = _count(present), _mean(left == 0, present), _mean(jnp.abs(gap), present)  # [L]
     spreads = {
         f"{kind}/{{}}_{stat}": f(values, present)
         for kind, values in (("ratio", ratio), ("mismatch", mismatch))
@@ -95,13 +103,14 @@ def policy_metrics(
     }
     metrics = {}
     for i, level in enumerate(LEVELS):
-        metrics |= {COUNT_OF[level]: count[i], f"mask/{level}_dropped": dropped[i]}
+        metrics |= {COUNT_OF[level]: count[i], f"mask/{level}_dropped": dropped[i], f"mismatch/{level}_gap": gaps[i]}
         metrics |= {name.format(level): values[i] for name, values in spreads.items()}
 
     weighed = present & ((positive == 0) | (config.ratio_on == "all")) & (config.ratio_level != "none")
     at = LEVELS.index(config.ratio_level) if config.ratio_level in LEVELS else 0
     nothing_left = ~jnp.any(kept) & ~jnp.any(unit_ids(expert, "token") >= 0)
     return metrics | {
+        "mismatch/token_kl": _mean(mismatch - 1.0 - gap, present)[LEVELS.index("token")],
         "train/ratio_units": _count(weighed)[at],
         "ratio/clipped_fraction": _mean(ratio > 1.0, weighed)[at],
         "train/positive_fraction": _mean(positive > 0, present)[LEVELS.index("trajectory")],

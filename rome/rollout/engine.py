@@ -51,7 +51,7 @@ class EngineConfig:
       temperature: of sampling; 0 is greedy. `generate` may override it (no recompile).
       top_p, top_k, min_p: truncation of the sampling distribution; 1, 0 and 0 switch it off.
       record_experts: keep which experts each token visits, for router replay; of a mixture of experts only.
-      precision: of the engine's weights, see `Publisher`; what is not ``model`` adds to π_old / μ (docs/serving.md).
+      precision: of the engine's weights, see `engine_model`; what is not ``model`` adds to π_old / μ (docs/serving.md).
     """
 
     slots: int = 64

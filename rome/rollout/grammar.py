@@ -81,7 +81,7 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer. Thread-safe.
 
-    Raises GrammarUnavailable without llguidance.
+    Raises GrammarUnavailable without llguidance, GrammarError for a tokenizer without an end.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -91,6 +91,8 @@ class GrammarCompiler:
             raise GrammarUnavailable(
                 "constrained decoding needs the package llguidance: pip install 'rome-agents[constrained]'"
             ) from None
+        if not vocabulary.ends:
+            raise GrammarError("this model has no token that ends an answer")
         self._library = llguidance
         wrapper = llguidance.TokenizerWrapper(_Tokenizer(vocabulary))
         ends = sorted(vocabulary.ends)

@@ -19,26 +19,32 @@ class EngineError(ValueError):
     """A request or a config that the engine can't serve. Names the field and what was expected."""
 
 
+def engine_model(model_config: ModelConfig, precision: str) -> tuple[ModelConfig, Any]:
+    """What an engine of this precision runs, and the declarations of its weights.
+
+    ``model``: as the trainer has them. ``bfloat16``: weights, activations and cache. ``int8``: the weights of
+    projections and experts (`rome.models.quantized`); the rest stays.
+    """
+    if precision == "bfloat16":
+        model_config = replace(model_config, dtype="bfloat16", param_dtype="bfloat16")
+    specs = param_specs(model_config)
+    return model_config, quantized_specs(specs) if precision == "int8" else specs
+
+
 class Publisher:
     """Makes an engine's weights of a trainer's, which all have the shapes and dtypes of the first.
 
-    Args:
-      precision: ``model``: as they come. ``bfloat16``: weights, activations and cache. ``int8``: the weights of
-        projections and experts (`rome.models.quantized`); the rest stays.
-
     Attributes:
-      model_config: of the model that the engine runs.
+      model_config: of the model that the engine runs, see `engine_model`.
     """
 
     def __init__(self, params: Any, model_config: ModelConfig, precision: str) -> None:
         self._expected, self._precision = _shapes(params), precision
-        narrow = {"dtype": "bfloat16", "param_dtype": "bfloat16"} if precision == "bfloat16" else {}
-        self.model_config = replace(model_config, **narrow)
+        self.model_config, self._specs = engine_model(model_config, precision)
 
     def shardings(self, mesh: Mesh) -> Any:
         """Where the engine's weights lie on a mesh."""
-        specs = param_specs(self.model_config)
-        return param_shardings(quantized_specs(specs) if self._precision == "int8" else specs, mesh)
+        return param_shardings(self._specs, mesh)
 
     def own(self, params: Any, shardings: Any = None) -> Any:
         """The engine's own copy. Raises EngineError if shapes or dtypes are not those of the first weights."""

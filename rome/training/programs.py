@@ -22,6 +22,7 @@ from rome.models.params import is_spec
 from rome.models.sharding import batch_shardings, param_shardings, replicated
 from rome.rollout.engine import compiled_functions
 from rome.rollout.programs import DecodeState, empty_state, slot_shardings
+from rome.rollout.weights import engine_model
 from rome.training.settings import RunSettings
 from rome.training.state import HOST, Offloaded, init_state, make_optimizer, require_memory, state_shardings
 from rome.training.steps import PolicyStep
@@ -103,8 +104,9 @@ def train_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
 def rollout_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
     """The largest append (prefill), and a chunk's decoding loop, of one cohort of slots."""
     model, engine = settings.model_config(settings.vocab_size), settings.engine
+    model, specs = engine_model(replace(model, param_dtype=model.dtype), engine.precision)
     rows, bucket = engine.slots_per_cohort, engine.extend_buckets[-1]
-    params = abstract_params(param_specs(replace(model, param_dtype=model.dtype)), mesh)
+    params = abstract_params(specs, mesh)
 
     def empty(rows: int) -> DecodeState:
         state = jax.eval_shape(lambda: empty_state(model, rows, engine.max_length, engine.record_experts))

@@ -45,12 +45,13 @@ def test_masked_rows_draw_from_what_is_left_and_others_as_ever():
     temperature = np.array([0.0, 1.0, 0.7], np.float32)[kinds]
     top_k, top_p = np.array([0, 0, 9], np.int32)[kinds], np.array([1, 1, 0.9], np.float32)[kinds]
     constrained = np.arange(count) % 2 == 0
-    free = RowSampling(keys, temperature, top_k, top_p, np.zeros(count, np.float32))
     masks = np.where(constrained[:, None], bits(allowed), 0)
-    both = free._replace(constrained=constrained, allowed=masks)
+    both = RowSampling(keys, temperature, top_k, top_p, np.zeros(count, np.float32), constrained, masks)
+    free = both._replace(constrained=np.zeros(count, bool))
     positions = np.zeros(count, np.int32)
-    tokens, logp, raw = map(np.asarray, jax.jit(sample_rows)(logits, both, positions))
-    plain = [np.asarray(x) for x in jax.jit(sample_rows)(logits, free, positions)]
+    rows_of = jax.jit(sample_rows)
+    tokens, logp, raw = map(np.asarray, rows_of(logits, both, positions))
+    plain = [np.asarray(x) for x in rows_of(logits, free, positions)]
     for found, expected in zip((tokens, logp, raw), plain, strict=True):
         np.testing.assert_array_equal(found[~constrained], expected[~constrained])
     assert allowed[tokens[constrained]].all() and not allowed[tokens[~constrained]].all()
@@ -89,9 +90,7 @@ class Broken(Alternating):
 def engine() -> StreamEngine:
     params = init_params(POLICY, jax.random.key(0))
     params = {**params, "lm_head": params["lm_head"] * 4}
-    made = StreamEngine(params, POLICY, StreamConfig(3, LENGTH, (16,)), CHAT.stop_ids, 0)
-    made.warmup()
-    return made
+    return StreamEngine(params, POLICY, StreamConfig(3, LENGTH, (16,)), CHAT.stop_ids, 0)
 
 
 def finish(engine: StreamEngine, slots: list[int]) -> dict[int, list]:
@@ -112,9 +111,9 @@ def joined(bursts: list, name: str) -> np.ndarray:
 
 def test_a_constrained_slot_goes_token_by_token_beside_free_ones(engine):
     prompt, (end, *_) = np.arange(20, 32, dtype=np.int32), sorted(CHAT.stop_ids)
-    compiled = engine.compilations
     alone = engine.start(prompt, Sampling(5, 30))
     expected = joined(finish(engine, [alone])[alone], "tokens")
+    compiled = engine.compilations
     slots = [
         engine.start(prompt, Sampling(5, 30)),
         engine.start(prompt, Sampling(6, 30), Alternating(end, 9)),
@@ -167,6 +166,8 @@ def test_a_forced_call_in_our_own_format_is_a_command_between_its_tokens(engine)
 def test_a_grammar_that_is_none_says_what_is_wrong():
     pytest.importorskip("llguidance")
     compiler = GrammarCompiler(CHAT.vocabulary())
+    with pytest.raises(GrammarError, match="no token that ends"):
+        GrammarCompiler(CHAT.vocabulary()._replace(ends=frozenset()))
     with pytest.raises(GrammarError, match="banana"):
         compiler.compile(json_grammar({"type": "banana"}))
     with pytest.raises(GrammarError):

@@ -339,6 +339,9 @@ def test_bad_input_gets_an_error_that_names_the_field(published, change, status,
 
 def test_other_bad_requests(published, client):
     address = published[0]
+    for open_to_all in ("/health", "/metrics"):
+        with urllib.request.urlopen(f"{address}{open_to_all}", timeout=60) as response:
+            assert response.status == 200
     assert post(address, "/v1/chat/completions", b"{")[1]["error"]["param"] == "body"
     assert post(address, "/v1/chat/completions", [1])[1]["error"]["param"] == "body"
     assert post(address, "/v1/chat/completions", CHAT, key="guess")[0] == 401

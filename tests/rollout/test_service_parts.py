@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 import time
@@ -11,6 +12,7 @@ import pytest
 from rollout_toys import MODEL, toy_params
 
 from rome.models import ChatRenderer, train_tokenizer
+from rome.rollout.service.app import ServiceConfig, _Service
 from rome.rollout.service.chats import ContentStream, RomeChat, TemplateChat
 from rome.rollout.service.errors import ServiceError
 from rome.rollout.service.protocol import ChatMessage, ChatRequest, ToolSpec, parse
@@ -165,7 +167,10 @@ def test_a_drain_ends_what_does_not_end_by_itself_and_an_engine_error_is_told(sc
     monkeypatch.undo()
     scheduler.submit([job(answers)])
     assert isinstance(answers.get(timeout=120), Part)
+    service = _Service(scheduler, None, ServiceConfig("m"))
+    assert asyncio.run(service.health()).status_code == 200
     scheduler.drain(0.1)
     assert last(answers).status == 503
+    assert asyncio.run(service.health()).status_code == 503
     with pytest.raises(ServiceError, match="shutting down"):
         scheduler.submit([job(answers)])

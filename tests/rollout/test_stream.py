@@ -170,6 +170,12 @@ def test_a_prefix_is_prefilled_once_and_new_weights_forget_it():
     third = engine.start(prompt, Sampling(1, 4))
     assert engine.stats.reused_tokens == before
     assert {burst.version for burst in finish(engine, [third])[third]} == {1}
+    # a request in flight goes on under the new weights, and each of its tokens says under which it was drawn
+    fourth = engine.start(prompt, Sampling(3, 12, 0.0))
+    early = engine.advance()[fourth]
+    assert early.finish is None
+    engine.update_params(toy_params(2), 2)
+    assert (early.version, {burst.version for burst in finish(engine, [fourth])[fourth]}) == (1, {2})
 
 
 def test_nothing_compiles_after_warmup():
