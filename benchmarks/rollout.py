@@ -397,8 +397,8 @@ TRAIN_FACTORS = (1, 25, 200)
 
 
 def turn_times(measured: TurnTime) -> dict[str, TurnTime]:
-    """As measured; of a policy 16 times as slow; and of one 64 times as slow all of whose time goes with the rows that a
-    host computes, so that more hosts make it faster (no host's turn here has more rows than SHARE leaves it)."""
+    """As measured; of a policy 16 times as slow; and of one 64 times as slow, all of whose time goes with the rows that
+    a host computes, so that more hosts make it faster."""
     rows = BATCH / SHARE / 2
     by_rows = TurnTime(step_row=64 * (measured.step / rows + measured.step_row))
     return {"decoding × 1": measured, "decoding × 16": measured.times(16), "decoding × 64, by rows": by_rows}
