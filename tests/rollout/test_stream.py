@@ -178,6 +178,21 @@ def test_a_prefix_is_prefilled_once_and_new_weights_forget_it():
     assert (early.version, {burst.version for burst in finish(engine, [fourth])[fourth]}) == (1, {2})
 
 
+def test_forgetting_makes_an_engine_as_good_as_new():
+    def sampled(engine):
+        slot = engine.start(np.arange(20, 50, dtype=np.int32), Sampling(seed=5, max_tokens=6))
+        return slot, joined(finish(engine, [slot])[slot], "behavior_logp").tobytes()
+
+    fresh, used = stream(), stream()
+    busy = used.start(np.arange(20, 50, dtype=np.int32), Sampling(seed=9, max_tokens=2))
+    with pytest.raises(EngineError, match="forget: expected no slot in use"):
+        used.forget()
+    finish(used, [busy])
+    used.forget()
+    assert sampled(used) == sampled(fresh)
+    assert used.stats.reused_tokens == 0
+
+
 def test_nothing_compiles_after_warmup():
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
