@@ -208,34 +208,34 @@ def _percentiles(name: str, seconds: float, latencies: list[float]) -> dict[str,
     return {f"{name}: a second": len(values) / seconds, **{f"{name}: {key}": value for key, value in found.items()}}
 
 
-async def measure(count: int, nodes: int) -> dict[str, float]:
-    """What is shown, by name. Everything has ended when this returns."""
+async def measure(count: int, nodes: int) -> AsyncIterator[dict[str, float]]:
+    """What was found, by name, as it is found. Everything has ended when this is exhausted."""
     capacity = 200 + -(-count // (nodes - 1))
     async with running(nodes, capacity) as (admin, cluster, added):
-        control = admin.control
+        control, hosts = admin.control, admin.control.scheduler.hosts
         before, cpu = rss_mb(os.getpid()), time.process_time()
         seconds, latencies, records = await start(control, count, 64)
-        found = {"sandboxes running": float(len(latencies)), **_percentiles("placements", seconds, latencies)}
-        found["placements: CPU ms of the control plane"] = 1e3 * (time.process_time() - cpu) / count
-        hosts = control.scheduler.hosts
+        yield {"sandboxes running": float(len(latencies)), **_percentiles("placements", seconds, latencies)}
+        yield {"placements: CPU ms of the control plane": 1e3 * (time.process_time() - cpu) / count}
         spread = Counter(record.row.worker for record in records)
-        found |= {"fewest on a node": min(spread.values()), "most on a node": max(spread.values())}
-        found |= _percentiles("commands", *await use(control, records, 5000, 64))
+        yield {"fewest on a node": min(spread.values()), "most on a node": max(spread.values())}
+        yield _percentiles("commands", *await use(control, records, 5000, 64))
         began = time.perf_counter()
         for host in hosts.values():
             await admin.reconciler.round(host)
-        found["reconcile round over all nodes, ms"] = 1e3 * (time.perf_counter() - began)
-        found["control plane, MB"] = rss_mb(os.getpid())
-        found["control plane, KB a sandbox"] = 1024 * (rss_mb(os.getpid()) - before) / count
-        found["a worker, MB (median)"] = statistics.median(rss_mb(host.pid or 0) for host in hosts.values())
+        yield {"reconcile round over all nodes, ms": 1e3 * (time.perf_counter() - began)}
+        yield {"control plane, MB": rss_mb(os.getpid())}
+        yield {"control plane, KB a sandbox": 1024 * (rss_mb(os.getpid()) - before) / count}
+        yield {"a worker, MB (median)": statistics.median(rss_mb(host.pid or 0) for host in hosts.values())}
         name, node = next(iter(added.items()))
-        found |= {
-            f"a node dies: {key}": value for key, value in (await kill_a_node(admin, cluster, node, name)).items()
-        }
+        yield {f"a node dies: {key}": value for key, value in (await kill_a_node(admin, cluster, node, name)).items()}
         live = list(control.live.values())
-        found["stops: a second"] = len(live) / await stop(control, live, 64)
-        found["live at the end"] = float(len(control.live))
-        return found
+        yield {"stops: a second": len(live) / await stop(control, live, 64)}
+        yield {"live at the end": float(len(control.live))}
+
+
+def text(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
 
 
 def show(found: dict[str, float], nodes: int) -> None:
@@ -243,5 +243,5 @@ def show(found: dict[str, float], nodes: int) -> None:
     table.add_column("what")
     table.add_column("", justify="right")
     for name, value in found.items():
-        table.add_row(name, f"{value:,.0f}" if value == int(value) else f"{value:,.2f}")
+        table.add_row(name, text(value))
     Console().print(table)

@@ -267,7 +267,15 @@ def show(rows: dict[str, dict[str, float]], cpu: dict[str, float]) -> None:
 def measure_fleet(count: int, nodes: int, output: Path | None) -> None:
     import fleet  # a file beside this one; needs Ray
 
-    found = asyncio.run(fleet.measure(count, nodes))
+    found: dict[str, float] = {}
+
+    async def measure() -> None:
+        async for part in fleet.measure(count, nodes):
+            found.update(part)
+            for name, value in part.items():
+                print(f"{name}: {fleet.text(value)}", flush=True)
+
+    asyncio.run(measure())
     fleet.show(found, nodes)
     if output is not None:
         output.write_text(json.dumps({"nodes": nodes, **found}, indent=1) + "\n")

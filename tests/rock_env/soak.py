@@ -34,6 +34,7 @@ from test_admin_faults import descendants, is_gone, stat
 
 from rock_env import RockError, verify_audit_log
 from rock_env.supervisor import cgroups
+from rock_env.supervisor.process import ticks_now
 
 _RECOVERY_SECONDS = 240.0
 _STOP_SECONDS = 300.0
@@ -60,7 +61,7 @@ class Watcher(threading.Thread):
         super().__init__(name="watcher", daemon=True)
         self.admin = admin
         self.processes: dict[int, str] = {}
-        self.namespaces: set[str] = set()
+        self.namespaces: dict[str, int] = {}  # and when each was last ours, in clock ticks: numbers are used again
         self.marks: set[str] = set()
         self.done = threading.Event()
 
@@ -77,9 +78,9 @@ class Watcher(threading.Thread):
                 for child in children(worker):
                     self.marks.add(f"-{child}-")
                 found = descendants(worker)
-                for pid in found.keys() - self.processes.keys():
+                for pid in found:
                     with contextlib.suppress(OSError):
-                        self.namespaces.add(os.readlink(f"/proc/{pid}/ns/net"))
+                        self.namespaces[os.readlink(f"/proc/{pid}/ns/net")] = ticks_now()
                 self.processes |= found
 
     def left(self, folder: str) -> list[str]:
@@ -89,7 +90,8 @@ class Watcher(threading.Thread):
         for process in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 space = os.readlink(process / "ns/net") if process.name.isdigit() else ours
-                if space != ours and space in self.namespaces:
+                fields = stat(int(process.name)) if space != ours and space in self.namespaces else None
+                if fields and int(fields[19]) <= self.namespaces[space]:
                     left.append(f"network namespace {space} of process {process.name}")
         left += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if folder in line]
         for directory in cgroups.Hierarchies.detect().directories():
