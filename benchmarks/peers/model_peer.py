@@ -50,7 +50,7 @@ def ours_train(folder: Path) -> Work:
 
     keep_freed_memory()
     config, params = load_pretrained(folder, head_chunk=256)
-    # unrolled layers are faster (dense a third, experts a tenth), and hold a copy of each layer's weights
+    # unrolled layers are a tenth faster, and hold a copy of each layer's weights: too much memory with experts
     config = replace(config, scan_layers=config.is_moe)
     optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, max_grad_norm=MAX_NORM), 1)
     state = init_state(params, optimizer)
