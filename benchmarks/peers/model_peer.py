@@ -45,13 +45,14 @@ def ours_train(folder: Path) -> Work:
     import numpy as np
 
     from rome.models.weights import load_pretrained
-    from rome.training.memory import keep_freed_memory
+    from rome.training.memory import dispatch_synchronously, keep_freed_memory
     from rome.training.state import OptimizerConfig, init_state, make_optimizer
     from rome.training.steps import SupervisedBatch, make_supervised_step
 
     keep_freed_memory()
+    dispatch_synchronously()
     config, params = load_pretrained(folder, head_chunk=256)
-    # unrolled layers are faster (dense a third, experts a tenth), and hold a copy of each layer's weights
+    # unrolled layers are a tenth faster, and hold a copy of each layer's weights: too much memory with experts
     config = replace(config, scan_layers=config.is_moe)
     optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, max_grad_norm=MAX_NORM), 1)
     state = init_state(params, optimizer)

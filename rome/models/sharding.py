@@ -47,7 +47,8 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 class ShardingError(ValueError):
-    """A mesh that the devices, the model or a batch can't have. Names what was expected and found."""
+    """A mesh that the devices, the model or a batch can't have, or memory that a device lacks. Names what was expected
+    and found."""
 
 
 @dataclass(frozen=True)

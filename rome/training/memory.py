@@ -13,15 +13,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> None:
-    """On CPU, keeps a step's memory for the next one. Call it before JAX first uses its CPU backend.
+    """Tells glibc to keep large freed blocks instead of handing them back to the kernel; elsewhere does nothing.
 
-    XLA allocates and frees a step's temporaries (hundreds of MB) every step. By default glibc maps them anew each time,
-    and the page faults cost up to a quarter of a small model's step: it is told to keep them.
-
-    Steps are dispatched synchronously. Otherwise a step's result is ready a moment before its temporaries are freed,
-    and on a busy machine the next step may begin in between, which doubles them for the rest of the run.
+    On CPU, XLA allocates and frees a step's temporaries (hundreds of MB) every step. By default glibc maps them anew
+    each time, and the page faults cost up to a quarter of a small model's step.
     """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not sys.platform.startswith("linux"):
         return
     library = ctypes.CDLL(None)
@@ -29,6 +25,16 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
         library.mallopt(_M_ARENA_MAX, 1)
+
+
+def dispatch_synchronously() -> None:
+    """Has JAX's CPU backend run a program before it returns; for one device, and before the backend is first used.
+
+    Otherwise a step's result is ready a moment before its temporaries are freed, and on a busy machine the next step
+    may begin in between, which doubles them for the rest of the run. (Several devices wait for each other in programs
+    that several threads start: those are left to JAX's own order.)
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def give_back_freed_memory() -> None:

@@ -29,7 +29,7 @@ from rome.training.compilations import count_compilations
 from rome.training.config import open_run
 from rome.training.evaluation import EvaluationResult, summarize
 from rome.training.hosts import host_runner, make_environment, make_renderer, make_runner
-from rome.training.memory import keep_freed_memory
+from rome.training.memory import dispatch_synchronously, keep_freed_memory
 from rome.training.platform import make_meshes, require_devices
 from rome.training.policy import PolicyTrainer
 from rome.training.pretrained import adopt, first_params, kept_config, kept_tokenizer, zero_params
@@ -51,6 +51,8 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """Runs, or continues, the run of `config` in its directory; returns what `result.json` holds."""
     keep_freed_memory()
     settings = load_settings(config)
+    if settings.mesh.train.size == settings.mesh.rollout.size == 1:
+        dispatch_synchronously()
     require_devices(settings)
     directory, _ = open_run(config, MAY_CHANGE)
     finished = directory / "result.json"

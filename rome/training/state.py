@@ -134,8 +134,10 @@ def offloaded(optimizer: optax.GradientTransformation) -> Offloaded:
 
 def require_memory(optimizer: optax.GradientTransformation, device: jax.Device) -> None:
     """Raises ShardingError if the optimizer's state is to lie in a memory that such a device does not have."""
+    if not isinstance(optimizer, Offloaded):
+        return
     kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if isinstance(optimizer, Offloaded) and HOST not in kinds:
+    if HOST not in kinds:
         raise ShardingError(
             f"optimizer.memory: expected 'device', for a device of kind {device.device_kind!r} has no {HOST!r}, "
             f"only {kinds}"
