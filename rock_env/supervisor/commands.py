@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _MAX_SESSIONS = 4096
+_END_SECONDS = 5.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {
     "PATH": PATH,
@@ -145,7 +146,7 @@ class Runner:
                 while not status and self.alive:
                     process.kill_command(pid, since, self.keep(), self.pids)
                     await finished.wait(time.monotonic() + 0.02)
-                process.kill_command(pid, since, self.keep(), self.pids)
+                await self.end_command(pid, since)
             drain.read_available()
             drain.close()
         finally:
@@ -155,6 +156,14 @@ class Runner:
             await self.settle()
         number = number or process.signal_of(code)
         return self.result(code, number if in_time else None, not in_time, output, oom_before, started)
+
+    async def end_command(self, leader: int, since: int) -> None:
+        """SIGKILL what a command has left, until nothing is: what was forking has escaped the first time."""
+        deadline = time.monotonic() + _END_SECONDS
+        while self.alive and process.kill_command(leader, since, self.keep(), self.pids):
+            if time.monotonic() > deadline:
+                return
+            await self.loop.sleep(0.002)
 
     def result(
         self, code: int, number: int | None, timed_out: bool, output: process.Output, oom_before: int, started: float

@@ -390,7 +390,7 @@ class Job:
                     break
         self._trim()
         if self._timed_out:  # what it left behind meanwhile
-            process.kill_command(self.pid, self._since, self._box.keep(), self._box.pids)
+            self._loop.spawn(self._box.end_command(self.pid, self._since))
         self._status, self._ended = status, time.monotonic()
         if self._box.alive:
             self._oom_killed = self._box.oom_kills() > self._oom_before

@@ -312,7 +312,7 @@ class Session:
                 await self._changed.wait(time.monotonic() + 0.02)
             if time.monotonic() > give_up and self._exit_status is None:
                 self._kill(signal.SIGKILL)
-        process.kill_command(self._pid, since, self._box.keep(), self._box.pids)
+        await self._box.end_command(self._pid, since)
 
     def _kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
