@@ -93,6 +93,9 @@ def loop_metrics(logp, batch, config):
         for name, a, b in (("ratio", logp, reference), ("mismatch", batch.old_logp, batch.behavior_logp)):
             ratios = [geometric_ratio(a, b, group) for group in groups]
             out |= {f"{name}/{level}_{f.__name__}": f(ratios) for f in (np.mean, np.min, np.max)}
+        out[f"mismatch/{level}_gap"] = np.mean(np.abs(np.log(ratios)))
+        if level == "token":
+            out["mismatch/token_kl"] = np.mean([r - 1 - np.log(r) for r in ratios])
     chunk_of = {c: (c[0], int(batch.chunk_ids[c])) for c in cells}
     out["train/return_mean"] = np.mean([batch.returns[c] for c in set(chunk_of.values())])
     trajectories = units(batch, cells, "trajectory").values()

@@ -25,12 +25,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent / "admin"))
-from admin_harness import AdminProcess, wait_until
+from admin_harness import AdminProcess
 from rich.console import Console
 from rich.table import Table
 from soak_model import Fault, Faults, Tenant
 from test_admin_faults import descendants, is_gone, stat
+from waiting import wait_until
 
 from rock_env import RockError, verify_audit_log
 from rock_env.supervisor import cgroups

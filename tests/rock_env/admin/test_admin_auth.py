@@ -50,7 +50,10 @@ def _routes(admin):
     for path, methods in document["paths"].items():
         for method in methods:
             known = path.replace("{id}", "0" * 16).replace("{name}", "nobody")
-            yield method.upper(), known.replace("{job}", "j").replace("{request}", "00000000-1")
+            yield (
+                method.upper(),
+                known.replace("{job}", "j").replace("{request}", "00000000-1").replace("{connection}", "f" * 16),
+            )
 
 
 def test_nothing_but_health_is_answered_without_a_credential(admin):
@@ -80,6 +83,7 @@ _COMMAND = {"command": "true"}
 _BODIES = {
     "run": _COMMAND, "execute": _COMMAND, "/jobs": _COMMAND, "signal": {"signal": 15},
     "terminal": {"rows": 1, "columns": 1}, "answer": {"lease": "0" * 16, "body": {}},
+    "f" * 16: {"port": 80},
 }  # fmt: skip
 
 
@@ -89,7 +93,7 @@ def test_what_is_another_tenants_does_not_exist(admin, alice, bob, box):
     with admin.http(bob.token) as http:
         for method, path in paths:
             body = next((body for end, body in _BODIES.items() if path.endswith(end)), {})
-            response = http.request(method, path, json=body, params={"path": "x"})
+            response = http.request(method, path, json=body, params={"path": "x", "seq": 0, "at": 0})
             assert response.status_code == 404, (method, path, response.text)
             assert response.json()["error"]["code"] == "not_found"
     with box.snapshot() as snapshot:

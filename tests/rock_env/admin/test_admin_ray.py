@@ -3,8 +3,8 @@
 from itertools import chain
 
 import pytest
-from admin_harness import wait_until
 from test_admin_faults import descendants, is_gone
+from waiting import wait_until
 
 from rock_env import SandboxDead
 
