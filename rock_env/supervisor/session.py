@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _COMMANDS, _REPORTS = 200, 201
 _STATUS, _STATE = b"S", b"D"
 _ABORT = signal.SIGRTMAX
-_GRACE_SECONDS = 0.5
+_GRACE_SECONDS = 2.0  # for a shell to hand out its state; with little CPU it is slow to
 _ATTEMPTS = 5
 
 _PROGRAM = (
