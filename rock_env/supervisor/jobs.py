@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from rock_env.supervisor import process
 from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.inlet import Inlet
 from rock_env.supervisor.loop import Event, Timer
 
 if TYPE_CHECKING:
@@ -101,23 +102,21 @@ class Buffer:
         return pieces, bytes(data)
 
 
-class Job:
+class Job(Inlet):
     """One command. `id` is its caller's choice, so that a repeated request to start it does not start a second one."""
 
+    _most_pending = _STDIN_BYTES
+
     def __init__(self, box: Runner, id: str, argv: list[str], buffer_bytes: int, is_terminal: bool) -> None:
+        super().__init__(box)
         self.id = id
         self.buffer = Buffer(buffer_bytes)
         self.pid = 0
         self.born = Event(box.loop)  # from then on it is a process group of its own
-        self._box = box
-        self._loop = box.loop
         self._argv = argv
         self._is_terminal = is_terminal
         self._outputs: dict[str, int] = {}
         self._input: int | None = None
-        self._pending = bytearray()
-        self._stdin_bytes = 0
-        self._input_ends = False
         self._status: int | None = None
         self._timed_out = False
         self._oom_before = box.oom_kills()
@@ -129,7 +128,6 @@ class Job:
         self._readers, self._read_at = 0, time.monotonic()  # who starts it counts as a reader at first
         self._paused: Timer | None = None
         self._timer: Timer | None = None
-        self._changed = Event(box.loop)
 
     # -- start
     def start(self, env: dict, cwd: str, seconds: float | None, stdin: bool, size: tuple[int, int] | None) -> None:
@@ -255,10 +253,6 @@ class Job:
         self._wake()
         return True
 
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, Event(self._loop)
-        changed.set()
-
     async def read(self, since: int, seconds: float, most: int) -> tuple[dict, bytes]:
         """What was written from number `since` on; waits until there is something, or the job has ended."""
         if since > self.buffer.end:
@@ -290,35 +284,21 @@ class Job:
 
     # -- input
     async def write(self, data: bytes, at: int | None, close: bool, seconds: float) -> dict:
-        """Accept input for the command, as far as there is room within `seconds`; then, with `close`, its end.
-
-        `at`: how many bytes were sent before; what of `data` has arrived already is not taken again.
-        """
-        if self._stdin_bytes == 0 and self._input is None and self.is_running and not self._input_ends:
+        """Accept input for the command, as far as there is room within `seconds`; then, with `close`, its end. `at`:
+        see Inlet."""
+        if self._accepted == 0 and self._input is None and self.is_running and not self._input_ends:
             raise Fault("spec", f"stdin: job {self.id} was started without one")
-        at = self._stdin_bytes if at is None else at
-        if at > self._stdin_bytes:
-            raise Fault("spec", f"at: expected at most {self._stdin_bytes}, which is all that has arrived, got {at}")
-        rest = memoryview(data)[self._stdin_bytes - at :]
-        deadline = time.monotonic() + seconds
-        while rest:
-            if self._input is None or self._input_ends:
-                raise Fault("file", f"stdin: job {self.id} does not read any more", "EPIPE")
-            room = _STDIN_BYTES - len(self._pending)
-            if room > 0:
-                self._pending += rest[:room]
-                self._stdin_bytes += min(room, len(rest))
-                rest = rest[room:]
-                self._feed()
-            elif not await self._changed.wait(deadline):
-                break
-            self._box.require_alive()
-        if close and not rest and not self._input_ends:
+        taken = await self._accept(data, self._accepted if at is None else at, seconds)
+        if taken and close and not self._input_ends:
             self._input_ends = True
             if self._is_terminal and self._input is not None:
                 self._pending += _END_OF_INPUT
             self._feed()
-        return {"stdin_bytes": self._stdin_bytes, "accepted": not rest}
+        return {"stdin_bytes": self._accepted, "accepted": taken}
+
+    def _require_reader(self) -> None:
+        if self._input is None or self._input_ends:
+            raise Fault("file", f"stdin: job {self.id} does not read any more", "EPIPE")
 
     def _feed(self) -> None:
         fd = self._input
@@ -337,10 +317,6 @@ class Job:
         if self._input_ends and not self._is_terminal:
             os.close(fd)
             self._input = None
-
-    def _on_writable(self) -> None:
-        self._feed()
-        self._wake()
 
     def resize(self, size: tuple[int, int]) -> None:
         """Give its terminal another size, of which the programs in its foreground are told."""
@@ -432,7 +408,7 @@ class Job:
             "seconds": (time.monotonic() if self.is_running else self._ended) - self._started,
             "output_bytes": self.buffer.end,
             "dropped_bytes": self.buffer.start,
-            "stdin_bytes": self._stdin_bytes,
+            "stdin_bytes": self._accepted,
         }
 
 

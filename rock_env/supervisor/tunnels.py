@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from rock_env.supervisor.faults import Fault
+from rock_env.supervisor.inlet import Inlet
 from rock_env.supervisor.loop import Event, Loop, Timer
 
 if TYPE_CHECKING:
@@ -26,18 +27,18 @@ _SILENT_SECONDS = 120.0  # without a request, after which the one who opened it 
 _CONNECT_SECONDS = 5.0
 
 
-class Tunnel:
+class Tunnel(Inlet):
     """One connection. `id` is its caller's choice, so that a repeated request to open it does not open a second one."""
 
+    _most_pending = _WINDOW_BYTES
+
     def __init__(self, box: Runner, id: str, port: int, connection: socket.socket) -> None:
+        super().__init__(box)
         self.id, self.port = id, port
-        self._box, self._loop, self._socket = box, box.loop, connection
+        self._socket = connection
         self._received, self._start = bytearray(), 0  # from inside, from number `start` on
         self._ended = False  # nothing more will come
-        self._pending, self._accepted = bytearray(), 0  # for inside, and how much was ever taken
-        self._input_ends = False
         self._broken = False
-        self._changed = Event(box.loop)
         self.used, self.in_use = time.monotonic(), 0
         self._listen()
 
@@ -48,10 +49,6 @@ class Tunnel:
     @property
     def _end(self) -> int:
         return self._start + len(self._received)
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, Event(self._loop)
-        changed.set()
 
     def _listen(self) -> None:
         if not self._ended and len(self._received) < _WINDOW_BYTES:
@@ -90,30 +87,16 @@ class Tunnel:
         return {"next": since + len(data), "is_end": end}, data
 
     async def write(self, data: bytes, at: int, close: bool, seconds: float) -> dict:
-        """Take bytes for inside, as far as there is room within `seconds`; then, with `close`, their end.
-
-        `at`: how many were sent before; what of `data` has arrived already is not taken again.
-        """
-        if not 0 <= at <= self._accepted:
-            raise Fault("spec", f"at: expected at most {self._accepted}, which is all that has arrived, got {at}")
-        rest = memoryview(data)[self._accepted - at :]
-        deadline = time.monotonic() + seconds
-        while rest:
-            if self._broken or self._input_ends:
-                raise Fault("forward_failed", f"port {self.port}: nobody reads the connection any more")
-            room = _WINDOW_BYTES - len(self._pending)
-            if room > 0:
-                self._pending += rest[:room]
-                self._accepted += min(room, len(rest))
-                rest = rest[room:]
-                self._feed()
-            elif not await self._changed.wait(deadline):
-                break
-            self._box.require_alive()
-        if close and not rest and not self._input_ends:
+        """Take bytes for inside, as far as there is room within `seconds`; then, with `close`, their end. `at`: see
+        Inlet."""
+        if await self._accept(data, at, seconds) and close and not self._input_ends:
             self._input_ends = True
             self._feed()
         return {"accepted": self._accepted}
+
+    def _require_reader(self) -> None:
+        if self._broken or self._input_ends:
+            raise Fault("forward_failed", f"port {self.port}: nobody reads the connection any more")
 
     def _feed(self) -> None:
         fd = self._socket.fileno()
@@ -131,10 +114,6 @@ class Tunnel:
             self._broken = True
             self._pending.clear()
         self._loop.remove_writer(fd)
-
-    def _on_writable(self) -> None:
-        self._feed()
-        self._wake()
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 import rock_env
 from rock_env import (
@@ -391,9 +392,7 @@ def test_nothing_of_an_ended_sandbox_stays_open(docker):
             _api(docker).kill(sandbox.id.partition(":")[0])
             assert _gone(docker, sandbox.id.partition(":")[0])
         sandbox.stop()
-    deadline = time.monotonic() + 60
-    while (_open_sockets(docker) > before or threading.active_count() > threads) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: _open_sockets(docker) <= before and threading.active_count() <= threads, 60)
     assert _open_sockets(docker) == before
     assert threading.active_count() <= threads
 
@@ -520,10 +519,7 @@ def test_a_daemon_that_dies_takes_its_sandboxes_along(monkeypatch):
         assert not backend.is_alive(id)
         with pytest.raises(BackendUnavailable):
             backend.create(SandboxSpec(backend="docker"))
-        deadline = time.monotonic() + 60
-        while _processes_of(user) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not _processes_of(user)
+        wait_until(lambda: not _processes_of(user), 60)
     finally:
         with contextlib.suppress(RockError):
             backend.close()
@@ -542,8 +538,5 @@ def test_a_daemon_of_killed_tests_ends(docker_daemon):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{daemon}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{daemon}").exists()
+    wait_until(lambda: not Path(f"/proc/{daemon}").exists(), 60)
     shutil.rmtree(folder)

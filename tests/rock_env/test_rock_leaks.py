@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 import rock_env
 from rock_env import BackendUnavailable, Limits, Sandbox, SandboxDead, SandboxSpec, get_backend
@@ -94,10 +95,8 @@ def test_a_stop_leaves_nothing_of_a_sandbox(fresh):
             sandbox.session().run("sleep 300 & (setsid sleep 300 &)")
             sandbox.execute("sleep 300 & true")
             sandbox.snapshot().delete()
-    deadline = time.monotonic() + 60  # the kernel may still be about to hand over what was killed last
-    while set(_descendants(supervisor.keeper_pid)) != before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert set(_descendants(supervisor.keeper_pid)) == before
+    # the kernel may still be about to hand over what was killed last
+    wait_until(lambda: set(_descendants(supervisor.keeper_pid)) == before, 60)
     assert {d: len(list(_groups(d))) for d in groups} == groups
     assert len(os.listdir(f"/proc/{_supervisor_pid(supervisor)}/fd")) == descriptors
 

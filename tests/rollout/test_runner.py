@@ -19,6 +19,7 @@ from rollout_toys import (
     toy_requests,
     toy_task,
 )
+from waiting import wait_until
 
 from rome.envs import EnvFailure
 from rome.models import token_log_probs
@@ -238,10 +239,7 @@ def test_a_hung_environment_meets_its_deadline_and_is_closed(stage):
         assert runner.stats.failures == {f"timeout/{stage}": 1}
         assert runner.stats.hung_calls == 1
     release.set()
-    deadline = time.monotonic() + 60
-    while journal.opened != journal.closed and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert journal.opened == journal.closed  # the late one too
+    wait_until(lambda: journal.opened == journal.closed)  # the late one too
 
 
 def test_a_close_that_hangs_is_counted_and_does_not_hang_the_run():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from waiting import wait_until
 
 from rome.training.tracking import MetricsError, MetricsWriter, Progress, format_duration, read_metrics, sparkline
 
@@ -177,10 +178,7 @@ def test_in_a_terminal_prints_and_logs_stand_above_the_display(monkeypatch):
     try:
         with Progress("tiny", console=Console(file=terminal, force_terminal=True, width=100)) as progress:
             drive(progress, 4)
-            deadline = time.monotonic() + 30
-            while "4/4" not in terminal.getvalue():  # until the display has been drawn
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: "4/4" in terminal.getvalue())  # the display has been drawn
             print("printed line")
             logger.warning("logged line")
             time.sleep(0.3)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -133,10 +132,7 @@ def test_admin_start_serves_this_machine(tmp_path):
         os.killpg(admin.pid, signal.SIGINT)
         assert admin.wait(60) == 0
         assert not url.exists()
-        deadline = time.monotonic() + 60
-        while Path(f"/proc/{pid}").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), 60)
     finally:
         if admin.poll() is None:
             admin.kill()
