@@ -30,7 +30,8 @@ _MODULES = (
     "wire", "supervisor.faults", "supervisor.linux", "supervisor.loop", "supervisor.retention", "supervisor.journal",
     "supervisor.seccomp", "supervisor.cgroups", "supervisor.process", "supervisor.session", "supervisor.watch",
     "supervisor.jobs", "supervisor.inlet", "supervisor.tunnels", "supervisor.files", "supervisor.commands",
-    "supervisor.guard", "supervisor.cell", "supervisor.operations", "supervisor.archive", "supervisor.channel", "supervisor.rocklet",
+    "supervisor.guard", "supervisor.cell", "supervisor.operations", "supervisor.archive", "supervisor.channel",
+    "supervisor.rocklet",
 )  # fmt: skip
 LEAST_PYTHON = (3, 9)  # that an image must have
 # Reads the rocklet's modules from the standard input, so that nothing has to be in the image but a Python.
