@@ -107,6 +107,7 @@ def ours_decode(folder: Path, rows: int, precision: str = "model") -> Work:
         cohorts=1,
         max_length=size + NEW,
         extend_buckets=(size,),
+        prompt_rows=1,  # all rows have the same prompt
         max_chunk_tokens=NEW,
         temperature=0.0,
         precision=precision,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,10 @@ class ParamSpec:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def __getitem__(self, row: int) -> ParamSpec:
+        """The declaration of one row of a stack."""
+        return replace(self, shape=self.shape[1:], axes=self.axes[1:])
 
 
 class LayerRun(NamedTuple):

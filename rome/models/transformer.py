@@ -237,8 +237,8 @@ def layer_params(params: Params, config: ModelConfig, index: int) -> Params:
 
 
 def unstack_layers(params: Params, config: ModelConfig) -> Params:
-    """The same parameters with layers as a list. XLA's CPU backend doesn't hoist slices out of loops: call this before
-    a decoding loop, and `extend` in the loop copies no weights (a third of a step's time at 1M parameters)."""
+    """The same parameters, or declarations of them, with layers as a list. XLA's CPU backend doesn't hoist slices out
+    of loops: with these, `extend` in a decoding loop copies no weights (a third of a step's time at 1M parameters)."""
     rest = {name: value for name, value in params.items() if name != "dense_layers"}
     return rest | {"layers": [layer_params(params, config, index) for index in range(config.num_layers)]}
 

@@ -24,7 +24,7 @@ except ImportError as error:
         f"{error}; JetStream's engine needs google-jetstream (not `jetstream`): pip install 'rome-agents[jetstream]'"
     ) from error
 
-from rome.models import ModelConfig, PretrainedTokenizer, Tokenizer, extend
+from rome.models import ModelConfig, PretrainedTokenizer, Tokenizer, extend, unstack_layers
 from rome.rollout.programs import DecodeState, append, bits, empty_state, share
 from rome.rollout.sampling import sample_tokens
 from rome.rollout.weights import EngineError
@@ -72,8 +72,9 @@ class JetStreamEngine(engine_api.Engine):
             raise EngineError(
                 f"slots, max_length: expected at least 1 and {_SHORTEST + 1}, found {slots}, {max_length}"
             )
-        self._params, self._model_config, self._tokenizer = params, model_config, tokenizer
-        self._stop_ids, self._slots, self._max_length, self._seed = stop_ids, slots, max_length, seed
+        self._params = unstack_layers(params, model_config)
+        self._model_config, self._tokenizer, self._stop_ids = model_config, tokenizer, stop_ids
+        self._slots, self._max_length, self._seed = slots, max_length, seed
         self._mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
         self._append = jax.jit(functools.partial(append, model_config))
         self._insert = jax.jit(_insert, donate_argnums=1)

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rome.models import KVCache, ModelConfig, extend, init_cache, unstack_layers
+from rome.models import KVCache, ModelConfig, extend, init_cache
 from rome.models.sharding import Mesh, NamedSharding, on_mesh, partition
 from rome.rollout.sampling import sample_tokens
 
@@ -115,7 +115,6 @@ def _decode(
     sampling distribution[C] and raw[C], the count, and the index of the `Finish`.
     """
     rows = active.shape[0]
-    params = unstack_layers(params, model_config)
 
     def sample(cache: KVCache, logits: jax.Array, live: jax.Array, step: jax.Array, out: jax.Array) -> Any:
         drawn, logp, raw = sample_tokens(logits, keys, cache.length, temperature, top_k, top_p, min_p)

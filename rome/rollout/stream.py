@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rome.models import ModelConfig, extend, unstack_layers
+from rome.models import ModelConfig, extend
 from rome.rollout.grammar import Constraint, GrammarError
 from rome.rollout.programs import DecodeState, append, bits, empty_state
 from rome.rollout.sampling import RowSampling, sample_rows
@@ -425,7 +425,6 @@ def _burst(
     Returns the state, int32[2, B] (how many tokens, and whether the last is a stop id), and int32[size, 3 + 2A, B]:
     tokens, bits of the float32 log-probs under the row's distribution and raw, and the A alternatives: ids, then bits.
     """
-    params = unstack_layers(params, model_config)
 
     def going(carry: Any) -> jax.Array:
         *_, live, step = carry

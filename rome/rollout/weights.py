@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rome.models import ModelConfig, param_specs
+from rome.models import ModelConfig, param_specs, unstack_layers
 from rome.models.quantized import quantize, quantized_specs
 from rome.models.sharding import Mesh, param_shardings
 
@@ -23,12 +24,13 @@ def engine_model(model_config: ModelConfig, precision: str) -> tuple[ModelConfig
     """What an engine of this precision runs, and the declarations of its weights.
 
     ``model``: as the trainer has them. ``bfloat16``: weights, activations and cache. ``int8``: the weights of
-    projections and experts (`rome.models.quantized`); the rest stays.
+    projections and experts (`rome.models.quantized`); the rest stays. Layers are a list: a program that is given them
+    stacked copies all of them, each time it is called, before it can decode.
     """
     if precision == "bfloat16":
         model_config = replace(model_config, dtype="bfloat16", param_dtype="bfloat16")
     specs = param_specs(model_config)
-    return model_config, quantized_specs(specs) if precision == "int8" else specs
+    return model_config, unstack_layers(quantized_specs(specs) if precision == "int8" else specs, model_config)
 
 
 class Publisher:
@@ -50,11 +52,8 @@ class Publisher:
         """The engine's own copy. Raises EngineError if shapes or dtypes are not those of the first weights."""
         if _shapes(params) != self._expected:
             raise EngineError("params: expected the shapes and dtypes that the engine was made with")
-        if self._precision != "model":
-            params = _CONVERSIONS[self._precision](params)
-        if shardings is not None:
-            return jax.device_put(params, shardings, may_alias=False)
-        return jax.tree.map(jnp.copy, params) if self._precision == "model" else params
+        own = _engine_weights(self.model_config, self._precision, params)
+        return own if shardings is None else jax.device_put(own, shardings)
 
 
 def check_version(version: int, current: int) -> None:
@@ -63,17 +62,15 @@ def check_version(version: int, current: int) -> None:
         raise EngineError(f"version: expected more than {current}, found {version}")
 
 
-@jax.jit
-def _to_bfloat16(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.copy(leaf.astype(jnp.bfloat16)), params)
-
-
-@jax.jit
-def _to_int8(params: Any) -> Any:
-    return quantize(jax.tree.map(jnp.copy, params))  # jit gives back what it only passes on, uncopied
-
-
-_CONVERSIONS = {"bfloat16": _to_bfloat16, "int8": _to_int8}
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _engine_weights(model_config: ModelConfig, precision: str, params: Any) -> Any:
+    # jit gives back what it only passes on, uncopied; what is stacked is sliced below
+    params = {name: leaf if isinstance(leaf, dict) else jnp.copy(leaf) for name, leaf in params.items()}
+    if precision == "bfloat16":
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    elif precision == "int8":
+        params = quantize(params)
+    return unstack_layers(params, model_config)
 
 
 def _shapes(params: Any) -> Any:
