@@ -208,9 +208,10 @@ def open_in_root(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
 
 
 def start_time(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None when there is none."""
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None when there is none, or one
+    that has ended and only waits to be reaped: its parent may never do that."""
     fields = stat_fields(pid)
-    return int(fields[19]) if fields else None
+    return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
 
 
 def stat_fields(pid: int) -> list[str] | None:

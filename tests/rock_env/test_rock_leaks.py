@@ -1,5 +1,6 @@
 """Nothing is left: after a stop, a Ctrl-C, a killed client, a killed supervisor. And two hundred at once."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -255,27 +256,39 @@ def test_full_store_refuses_a_snapshot_and_keeps_nothing_of_it(monkeypatch):
 
 def test_stale_remains_are_swept_but_not_those_of_the_living():
     backend = BubblewrapBackend()
+    unreaped = subprocess.Popen(["true"])  # a keeper whose parent does not wait for it
+    made = []
     try:
         backend.supervisor()
         namespace = os.stat("/proc/self/ns/pid").st_ino
-        state = Path(rock_env.client.state_directory())
+        wait_until(lambda: _stat(unreaped.pid)[0] == "Z")
+        started = _stat(unreaped.pid)[19]
         dead = subprocess.Popen(["true"])
         dead.wait()
-        stale = state / f"rock-{namespace}-{dead.pid}-1"
-        elsewhere = state / f"rock-{namespace + 1}-{dead.pid}-1"  # of another pid namespace: not ours to judge
+        stale = [f"rock-{namespace}-{dead.pid}-1", f"rock-{namespace}-{unreaped.pid}-{started}"]
+        elsewhere = f"rock-{namespace + 1}-{dead.pid}-1"  # of another pid namespace: not ours to judge
         mine = get_backend("bubblewrap").supervisor()
-        living = [p for p in state.iterdir() if f"-{mine.keeper_pid}-" in p.name]
-        for folder in (stale, elsewhere):
+        places = [Path(rock_env.client.state_directory()), *map(Path, cgroups.Hierarchies.detect().directories())]
+        living = [p for place in places for p in place.iterdir() if f"-{mine.keeper_pid}-" in p.name]
+        assert len(living) == len(places)
+        for place in places:
+            made += [place / name for name in (*stale, elsewhere)]
+        for folder in made:
             folder.mkdir()
+        for place in places[1:]:
+            (place / stale[1] / "7").mkdir()  # a sandbox's group
         other = BubblewrapBackend()
         other.supervisor()
         other.close()
-        assert not stale.exists()
-        assert elsewhere.exists()
+        assert {p for p in made if p.exists()} == {place / elsewhere for place in places}
         assert all(p.exists() for p in living)
-        elsewhere.rmdir()
     finally:
+        unreaped.wait()
         backend.close()
+        for folder in made:
+            for path in (folder / "7", folder):
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
 
 
 def test_sixteen_threads_start_and_stop():
