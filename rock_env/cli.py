@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from rock_env import Job, Limits, Sandbox, SandboxSpec, doctor, hub, terminal, verify_audit_log
 from rock_env.cli_admin import admin_app, worker
@@ -116,9 +117,18 @@ def _show(output: str) -> None:
     sys.stdout.flush()
 
 
+class _RunCommand(TyperCommand):
+    """Keeps what was typed: an image comes first in `run IMAGE -- COMMAND`, but not in `run -- COMMAND -- MORE`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
+
+
 # -- commands in sandboxes
-@app.command(context_settings=_COMMAND)
+@app.command(cls=_RunCommand, context_settings=_COMMAND)
 def run(
+    context: typer.Context,
     words: Words,
     image: Image = None,
     env: Env = [],  # noqa: B006  typer copies it
@@ -128,13 +138,16 @@ def run(
 ) -> None:
     """Run a command in a new sandbox, and end that with it; exits as the command does.
 
-    `rock run hub://NAME@VERSION -- COMMAND` starts it from an entry of the hub. With --detach (which needs an admin)
-    the sandbox stays, its id is printed, and output goes to run.log inside.
+    `rock run [IMAGE] -- COMMAND`: see --image. With --detach (which needs an admin) the sandbox stays, its id is
+    printed, and output goes to run.log inside.
     """
-    if words[0].startswith(hub.SCHEME):
+    is_command = context.obj[-len(words) - 1 : -len(words)] == ["--"]
+    if not is_command and (words[1:2] == ["--"] or words[0].startswith(hub.SCHEME)):
+        if image is not None:
+            raise SpecError(f"--image: expected it alone, or {words[0]} as the first word")
         image, *words = words
         if not words:
-            raise SpecError("command: expected one after the hub's entry")
+            raise SpecError("command: expected one after the image")
     spec, words = make_spec(image, env, limit, timeout), _words(words)
     if detach:
         sandbox = admin_client().start(spec)

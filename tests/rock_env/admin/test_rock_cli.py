@@ -59,6 +59,9 @@ def alone(tmp_path_factory):
 
 def test_run_alone_exits_as_the_command(alone):
     assert alone("run", "-e", "A=b c", "--", "sh", "-c", "echo $A; exit 7", code=7) == "b c\n"
+    assert alone("run", "--", "printf", "--", "%s", "x") == "x"
+    assert "expected a root file system directory" in alone("run", "/no/such/root", "--", "true", code=125)
+    assert "--image: expected it alone" in alone("run", "--image", "a", "b", "--", "true", code=125)
     assert "--limit: expected one of" in alone("run", "-l", "mem=1", "--", "true", code=125)
     assert "pids: expected an integer >= 4" in alone("run", "-l", "pids=1", "true", code=125)
     assert "no admin" in alone("ps", code=125)
