@@ -22,6 +22,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from rock_env import Job, Limits, Sandbox, SandboxSpec, doctor, hub, terminal, verify_audit_log
+from rock_env.backend import DEFAULT_BACKEND
 from rock_env.cli_admin import admin_app, worker
 from rock_env.cli_hub import find_hub, hub_app
 from rock_env.errors import BackendUnavailable, RockError, SpecError
@@ -385,9 +386,11 @@ def verify(
 
 
 @app.command("doctor")
-def show_doctor() -> None:
+def show_doctor(
+    backend: Annotated[str, typer.Option(help="bubblewrap or docker.")] = DEFAULT_BACKEND,
+) -> None:
     """What this machine can enforce. Exit code 1 when no sandbox can start."""
-    report = doctor()
+    report = doctor(backend)
     has_ray = importlib.util.find_spec("ray") is not None
     report["ray"] = {"ok": has_ray, "how": "workers on a cluster: rock admin start --ray; the extra `ray`"}
     table = Table("item", "", "how", box=None)

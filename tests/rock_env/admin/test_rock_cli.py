@@ -74,6 +74,7 @@ def test_doctor_and_audit(alone, tmp_path):
     table = alone("doctor")
     assert "seccomp" in table
     assert "memory_bytes" in table
+    assert "expected one of bubblewrap, docker" in alone("doctor", "--backend", "none", code=125)
     log = table.split("audit ", 1)[1].split()[1]
     assert ": intact" in alone("audit", "verify", log)
     forged = tmp_path / "log.jsonl"
