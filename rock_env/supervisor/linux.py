@@ -15,6 +15,7 @@ MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
 
+PF_EXITING = 0x4  # of a process's flags (linux/sched.h)
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP = 1, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_NAME, _PR_SET_DUMPABLE = 36, 38, 15, 4
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_GET_ACTION_AVAIL = 1, 2
@@ -215,7 +216,8 @@ def start_time(pid: int) -> int | None:
 
 
 def stat_fields(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the command name: [0] state, [1] ppid, [2] pgrp, [3] session, [19] start."""
+    """The fields of /proc/PID/stat after the command name: [0] state, [1] ppid, [2] pgrp, [3] session, [6] flags,
+    [19] start."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             data = file.read()

@@ -16,7 +16,7 @@ from waiting import wait_until
 import rock_env
 from rock_env import BackendUnavailable, Limits, Sandbox, SandboxDead, SandboxSpec, get_backend
 from rock_env.bubblewrap import BubblewrapBackend
-from rock_env.supervisor import cgroups
+from rock_env.supervisor import cgroups, linux
 
 _REPOSITORY = Path(rock_env.__file__).parents[1]
 _PROLOGUE = f"""
@@ -166,6 +166,63 @@ def test_a_killed_supervisor_ends_its_sandboxes_and_is_replaced(victim):
             backend.execute(id, ["true"], 5, None, {}, 1000)
         footprint.assert_gone()
     finally:
+        backend.close()
+
+
+def _pause_inside(init):
+    """A child of ours in a sandbox's pid namespace, which can't end before we have waited for it. Returns its pid."""
+    fds = [os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC) for pid in (init, "self")]
+    try:
+        linux.setns(fds[0], linux.CLONE_NEWPID)
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                signal.pause()
+        linux.setns(fds[1], linux.CLONE_NEWPID)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return pid
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to enter a namespace")
+def test_the_end_of_a_sandbox_is_no_result_of_what_runs_in_it():
+    """Everything inside is killed at once, and the end of the first process is told last; by as much as we want."""
+    backend, ours = BubblewrapBackend(), 0
+    try:
+        id = backend.create(SandboxSpec())
+        backend.call(id, "job_start", 5, job="j", argv=["sleep", "101"], env={}, cwd=None, seconds=None, stdin=False,
+                     size=None, buffer_bytes=4096)  # fmt: skip
+
+        def named(command):
+            found = []
+            for pid in _descendants(backend.supervisor().keeper_pid):
+                with contextlib.suppress(OSError):
+                    found += [pid] if Path(f"/proc/{pid}/cmdline").read_bytes() == command else []
+            return found
+
+        waits = (
+            lambda: backend.run(id, "s", "sleep 102", 60, 1000),
+            lambda: backend.execute(id, ["sleep", "102"], 60, None, {}, 1000),
+            lambda: backend.call(id, "job_status", 60, job="j", seconds=60),
+        )
+        with ThreadPoolExecutor(len(waits)) as pool:
+            waiting = [pool.submit(wait) for wait in waits]
+            wait_until(lambda: len(named(b"sleep\x00102\x00")) == 2)
+            (init,) = named(b"cat\0")
+            ours = _pause_inside(init)
+            os.kill(init, signal.SIGKILL)
+            wait_until(lambda: not named(b"sleep\x00102\x00"))
+            time.sleep(0.3)  # as on a machine that is busy elsewhere
+            os.waitpid(ours, 0)
+            ours = 0
+            for each in waiting:
+                with pytest.raises(SandboxDead, match="first process"):
+                    each.result(60)
+    finally:
+        if ours:
+            os.kill(ours, signal.SIGKILL)
+            os.waitpid(ours, 0)
         backend.close()
 
 
