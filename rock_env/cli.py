@@ -235,7 +235,8 @@ def forward(
 def cp(source: str, target: str) -> None:
     """Copy a file or directory from or to a sandbox; `rock cp out.txt ID:/tmp/out.txt`.
 
-    What leads out of a copied directory (links elsewhere, devices) is left out, and named.
+    A target that ends in "/" is the directory to copy into; else it is the path of the copy. What leads out of a copied
+    directory (links elsewhere, devices) is left out, and named.
     """
     from_id, _, from_path = source.rpartition(":")
     to_id, _, to_path = target.rpartition(":")
@@ -243,10 +244,15 @@ def cp(source: str, target: str) -> None:
         raise SpecError(f"cp: expected ID:PATH on one side, and a local path on the other, got {source} {target}")
     sandbox = admin_client().sandbox(from_id or to_id)
     if to_id:
-        sandbox.upload(source, to_path)
+        sandbox.upload(source, _into(to_path, source))
         return
-    for name in sandbox.download(from_path, target):
+    for name in sandbox.download(from_path, _into(target, from_path)):
         print(f"rock: left out: {name}", file=sys.stderr)
+
+
+def _into(target: str, source: str) -> str:
+    """The path of the copy."""
+    return target + os.path.basename(source.rstrip("/")) if target.endswith("/") else target
 
 
 # -- sandboxes

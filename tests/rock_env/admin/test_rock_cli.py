@@ -94,6 +94,11 @@ def test_a_sandboxs_life(rock, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "f").write_text("content")
     rock("cp", str(tmp_path / "d"), f"{id}:/tmp/d")
+    rock("cp", str(tmp_path / "d" / "f"), f"{id}:/tmp/into/")
+    rock("cp", f"{id}:/tmp/into", f"{tmp_path}/")
+    rock("cp", f"{id}:/tmp/into/f", str(tmp_path / "into" / "copy"))
+    assert [(tmp_path / "into" / name).read_text() for name in ("f", "copy")] == ["content"] * 2
+    assert "Not a directory" in rock("cp", f"{id}:/tmp/into", f"{tmp_path}/into/f/x", code=125)
     rock("exec", id, "ln", "-s", "/etc/passwd", "/tmp/d/link")
     rock("cp", f"{id}:/tmp/d", str(tmp_path / "back"))
     assert [p.name for p in (tmp_path / "back").iterdir()] == ["f"]
