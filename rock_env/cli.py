@@ -19,8 +19,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from rock_env import Job, Limits, Sandbox, SandboxSpec, doctor, hub, terminal, verify_audit_log
+from rock_env.backend import DEFAULT_BACKEND
 from rock_env.cli_admin import admin_app, worker
 from rock_env.cli_hub import find_hub, hub_app
 from rock_env.errors import BackendUnavailable, RockError, SpecError
@@ -116,9 +118,18 @@ def _show(output: str) -> None:
     sys.stdout.flush()
 
 
+class _RunCommand(TyperCommand):
+    """Keeps what was typed: an image comes first in `run IMAGE -- COMMAND`, but not in `run -- COMMAND -- MORE`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
+
+
 # -- commands in sandboxes
-@app.command(context_settings=_COMMAND)
+@app.command(cls=_RunCommand, context_settings=_COMMAND)
 def run(
+    context: typer.Context,
     words: Words,
     image: Image = None,
     env: Env = [],  # noqa: B006  typer copies it
@@ -128,13 +139,16 @@ def run(
 ) -> None:
     """Run a command in a new sandbox, and end that with it; exits as the command does.
 
-    `rock run hub://NAME@VERSION -- COMMAND` starts it from an entry of the hub. With --detach (which needs an admin)
-    the sandbox stays, its id is printed, and output goes to run.log inside.
+    `rock run [IMAGE] -- COMMAND`: see --image. With --detach (which needs an admin) the sandbox stays, its id is
+    printed, and output goes to run.log inside.
     """
-    if words[0].startswith(hub.SCHEME):
+    is_command = context.obj[-len(words) - 1 : -len(words)] == ["--"]
+    if not is_command and (words[1:2] == ["--"] or words[0].startswith(hub.SCHEME)):
+        if image is not None:
+            raise SpecError(f"--image: expected it alone, or {words[0]} as the first word")
         image, *words = words
         if not words:
-            raise SpecError("command: expected one after the hub's entry")
+            raise SpecError("command: expected one after the image")
     spec, words = make_spec(image, env, limit, timeout), _words(words)
     if detach:
         sandbox = admin_client().start(spec)
@@ -221,7 +235,8 @@ def forward(
 def cp(source: str, target: str) -> None:
     """Copy a file or directory from or to a sandbox; `rock cp out.txt ID:/tmp/out.txt`.
 
-    What leads out of a copied directory (links elsewhere, devices) is left out, and named.
+    A target that ends in "/" is the directory to copy into; else it is the path of the copy. What leads out of a copied
+    directory (links elsewhere, devices) is left out, and named.
     """
     from_id, _, from_path = source.rpartition(":")
     to_id, _, to_path = target.rpartition(":")
@@ -229,10 +244,15 @@ def cp(source: str, target: str) -> None:
         raise SpecError(f"cp: expected ID:PATH on one side, and a local path on the other, got {source} {target}")
     sandbox = admin_client().sandbox(from_id or to_id)
     if to_id:
-        sandbox.upload(source, to_path)
+        sandbox.upload(source, _into(to_path, source))
         return
-    for name in sandbox.download(from_path, target):
+    for name in sandbox.download(from_path, _into(target, from_path)):
         print(f"rock: left out: {name}", file=sys.stderr)
+
+
+def _into(target: str, source: str) -> str:
+    """The path of the copy."""
+    return target + os.path.basename(source.rstrip("/")) if target.endswith("/") else target
 
 
 # -- sandboxes
@@ -372,9 +392,11 @@ def verify(
 
 
 @app.command("doctor")
-def show_doctor() -> None:
+def show_doctor(
+    backend: Annotated[str, typer.Option(help="bubblewrap or docker.")] = DEFAULT_BACKEND,
+) -> None:
     """What this machine can enforce. Exit code 1 when no sandbox can start."""
-    report = doctor()
+    report = doctor(backend)
     has_ray = importlib.util.find_spec("ray") is not None
     report["ray"] = {"ok": has_ray, "how": "workers on a cluster: rock admin start --ray; the extra `ray`"}
     table = Table("item", "", "how", box=None)

@@ -69,6 +69,10 @@ class Client:
             raise SpecError(f"{method} {path}: expected text that is UTF-8, got {error.object!r}") from error
         except httpx.HTTPError as error:
             raise BackendUnavailable(f"{self.url} cannot be reached: {error}") from error
+        except RuntimeError as error:  # a thread of a forwarded connection, say, outlives the client by a moment
+            if not self._http.is_closed:
+                raise
+            raise BackendUnavailable(f"{self.url}: this client has been closed") from error
         if response.is_success:
             return response
         try:

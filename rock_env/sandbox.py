@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -272,15 +273,19 @@ class Sandbox:
         return self._backend.list(self.id, check_path("path", path), recursive)
 
     def upload(self, local: str | Path, remote: str) -> None:
-        """Copy a local file or directory to `remote` (the path of the copy). Links are copied as links."""
+        """Copy a local file or directory to `remote` (the path of the copy). Links are copied as links.
+
+        Raises FileError, also for what goes wrong here.
+        """
         local, remote = Path(local), check_path("remote", remote)
-        if not local.is_dir():
-            try:
-                content, mode = local.read_bytes(), stat.S_IMODE(local.stat().st_mode) & 0o777
-            except OSError as error:
-                raise FileError(f"upload {local}: {error.strerror}", _errno_name(error)) from error
-            self.write_file(remote, content, mode)
-            return
+        with _local_errors("upload", local):
+            if local.is_dir():
+                self._upload_tree(local, remote)
+                return
+            content, mode = local.read_bytes(), stat.S_IMODE(local.stat().st_mode) & 0o777
+        self.write_file(remote, content, mode)
+
+    def _upload_tree(self, local: Path, remote: str) -> None:
         files: dict[str, FileEntry] = {f"{remote.rstrip('/')}/": FileEntry()}
         links: dict[str, str] = {}
         size = 0
@@ -301,26 +306,36 @@ class Sandbox:
         self._backend.put(self.id, files, links)
 
     def download(self, remote: str, local: str | Path) -> list[str]:
-        """Copy a file or directory of the sandbox to `local` (the path of the copy).
+        """Copy a file or directory of the sandbox to `local` (the path of the copy; a file goes into a directory).
 
         Nothing is ever written outside `local`: links are recreated only when they point inside the copied directory.
         Returns the entries that were left out (other links, devices, sockets), relative to `remote`.
+        Raises FileError, also for what goes wrong here.
         """
         local, remote = Path(local), check_path("remote", remote)
-        try:
-            infos = self.list_files(remote, recursive=True)
-        except FileError as error:
-            if error.errno_name != "ENOTDIR":
-                raise
-            local.parent.mkdir(parents=True, exist_ok=True)
-            _write_local(local, self.read_file(remote), self.list_files(remote)[0].mode)
-            return []
+        with _local_errors("download", local):
+            try:
+                infos = self.list_files(remote, recursive=True)
+            except FileError as error:
+                if error.errno_name != "ENOTDIR":
+                    raise
+                target = local / os.path.basename(remote) if local.is_dir() else local
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _write_local(target, self.read_file(remote), self.list_files(remote)[0].mode)
+                return []
+            return self._download_tree(remote, infos, local)
+
+    def _download_tree(self, remote: str, infos: list[FileInfo], local: Path) -> list[str]:
         left_out: list[str] = []
         links: list[FileInfo] = []
         local.mkdir(parents=True, exist_ok=True)
         for info in infos:
             target = local / info.name
-            if info.kind == "directory":
+            if os.path.isabs(info.name) or ".." in info.name.split("/"):  # no supervisor of ours says so
+                left_out.append(info.name)
+            elif info.kind == "directory":
+                if target.is_symlink():  # of an earlier copy
+                    target.unlink()
                 target.mkdir(exist_ok=True)
             elif info.kind == "file":
                 _write_local(target, self.read_file(os.path.join(remote, info.name)), info.mode)
@@ -329,7 +344,10 @@ class Sandbox:
             else:
                 left_out.append(info.name)
         for info in links:  # last, so that nothing is written through one
-            os.symlink(info.target, local / info.name)
+            link = local / info.name
+            if link.is_symlink():  # of an earlier copy
+                link.unlink()
+            os.symlink(info.target, link)
         return left_out
 
     # -- copies
@@ -410,21 +428,39 @@ def _without_files(spec: SandboxSpec) -> SandboxSpec:
 
 
 def _stays_inside(info: FileInfo) -> bool:
-    """Whether a link, resolved by its text alone, points below the downloaded directory."""
-    if os.path.isabs(info.target):
-        return False
-    resolved = os.path.normpath(os.path.join(os.path.dirname(info.name), info.target))
-    return resolved != ".." and not resolved.startswith("../")
+    """Whether a link points below the downloaded directory, wherever the copy's other links lead.
+
+    Only first of all may it go up: from its own directory, which is a real one, and not from where a link has led.
+    """
+    parts = [part for part in info.target.split("/") if part not in ("", ".")]
+    ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
+    return not os.path.isabs(info.target) and ups <= info.name.count("/") and ".." not in parts[ups:]
 
 
 def _errno_name(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, "")
 
 
+@contextmanager
+def _local_errors(what: str, local: Path) -> Iterator[None]:
+    """Turns what this machine's file system refuses into FileError."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        where = error.filename2 or error.filename or local
+        raise FileError(f"{what} {where}: {error.strerror}", _errno_name(error)) from error
+
+
 def _write_local(path: Path, data: bytes, mode: int) -> None:
     """Write a downloaded file by way of a temporary name, never through a link that lies at `path`."""
     temporary = path.with_name(f".{path.name}.rock-tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode | 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink()
+        raise

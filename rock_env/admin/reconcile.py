@@ -129,6 +129,7 @@ class Reconciler:
         before = {r.id: r.state for r in self._of(host) if not r.is_coming_up}
         known = set(self._control.live)
         snapshots = {row.id for row in self._control.snapshots.values() if row.worker == host.name}
+        known |= snapshots | set(self._control.transient)  # those that are dropped meanwhile, too
         try:
             reply, _ = await host.link.call("list", _LIST_SECONDS)
         except (BackendUnavailable, RequestTimeout) as error:
@@ -138,7 +139,7 @@ class Reconciler:
         if reply["incarnation"] != host.incarnation:
             await self._adopt(host, reply)
         await self._compare(host, before, known, reply["sandboxes"])
-        await self._compare_snapshots(host, snapshots, reply["snapshots"])
+        await self._compare_snapshots(host, snapshots, known, reply["snapshots"])
         self._control.scheduler.serve()
 
     def _of(self, host: Host) -> list[Record]:
@@ -200,13 +201,13 @@ class Reconciler:
         if time.time() > record.row.deadline + _DEADLINE_GRACE_SECONDS:
             await self._control.stop(record, "it is past its deadline")
 
-    async def _compare_snapshots(self, host: Host, before: set[str], found: list[str]) -> None:
+    async def _compare_snapshots(self, host: Host, before: set[str], known: set[str], found: list[str]) -> None:
         control = self._control
         for id in before - set(found):
             if id in control.snapshots:
                 await control.drop_snapshot(control.snapshots[id], "lost")
         for id in found:
-            if id not in control.snapshots and id not in control.transient:
+            if id not in control.snapshots and id not in control.transient and id not in known:
                 log.warning("worker %s: dropping snapshot %s, which the record does not have", host.name, id)
                 await host.link.call("drop_snapshot", REQUEST_SECONDS, snapshot=id)
 

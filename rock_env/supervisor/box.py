@@ -253,6 +253,12 @@ class Box(Runner):
     def guardians(self) -> set[int]:
         return {self._init, self._monitor}
 
+    @property
+    def is_ending(self) -> bool:
+        # The kernel flags an exiting process before it kills the rest of its pid namespace, and tells of its end last.
+        fields = linux.stat_fields(self._init) if self._init else None
+        return fields is None or bool(int(fields[6]) & linux.PF_EXITING)
+
     def pids(self) -> list[int]:
         return self._group.pids() if self._group else process.all_pids()
 

@@ -87,6 +87,10 @@ class Cell(Runner):
     def guardians(self) -> set[int]:
         return {os.getpid()}
 
+    @property
+    def is_ending(self) -> bool:
+        return False  # we are its first process
+
     def _others(self) -> list[int]:
         return [pid for pid in process.all_pids() if pid != os.getpid()]
 

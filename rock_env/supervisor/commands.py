@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _MAX_SESSIONS = 4096
-_END_SECONDS = 5.0
+_END_SECONDS, _SETTLE_SECONDS = 5.0, 30.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {
     "PATH": PATH,
@@ -152,9 +152,9 @@ class Runner:
         finally:
             os.close(output_read)
         code, number = process.exit_of(status[0]) if status else (137, signal.SIGKILL)
+        number = number or process.signal_of(code)
         if number == signal.SIGKILL and in_time:
             await self.settle()
-        number = number or process.signal_of(code)
         return self.result(code, number if in_time else None, not in_time, output, oom_before, started)
 
     async def end_command(self, leader: int, since: int) -> None:
@@ -257,6 +257,13 @@ class Runner:
         if self.death:
             raise Fault("dead", f"sandbox {self.name} has ended: {self.death}")
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether its first process is just ending, and so everything inside is being killed."""
+        raise NotImplementedError(f"{type(self).__name__}.is_ending")
+
     async def settle(self) -> None:
-        """After an unexplained SIGKILL: give the end of the whole sandbox a moment to show."""
-        await self.died.wait(time.monotonic() + 0.03)
+        """After a SIGKILL that may have been the end of the whole sandbox: wait until that is known, if it was."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while self.alive and self.is_ending and time.monotonic() < deadline:
+            await self.died.wait(time.monotonic() + 0.02)

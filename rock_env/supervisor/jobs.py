@@ -269,7 +269,7 @@ class Job(Inlet):
         finally:
             self._readers -= 1
             self._read_at = time.monotonic()
-        self._box.require_alive()
+        await self._settle()
         pieces, data = self.buffer.since(since, most)
         following = pieces[-1][0] + pieces[-1][2] if pieces else since
         return {"pieces": pieces, "next": following, "status": self.status()}, data
@@ -279,8 +279,14 @@ class Job(Inlet):
         deadline = time.monotonic() + seconds
         while self.is_running and self._box.alive and await self._changed.wait(deadline):
             pass
-        self._box.require_alive()
+        await self._settle()
         return self.status()
+
+    async def _settle(self) -> None:
+        """Raises Fault when the sandbox has ended; the job's SIGKILL may be all that is known of that yet."""
+        if self._status is not None and process.exit_of(self._status)[1] == signal.SIGKILL:
+            await self._box.settle()
+        self._box.require_alive()
 
     # -- input
     async def write(self, data: bytes, at: int | None, close: bool, seconds: float) -> dict:

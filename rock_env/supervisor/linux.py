@@ -15,6 +15,7 @@ MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
 
+PF_EXITING = 0x4  # of a process's flags (linux/sched.h)
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP = 1, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_NAME, _PR_SET_DUMPABLE = 36, 38, 15, 4
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_GET_ACTION_AVAIL = 1, 2
@@ -208,13 +209,15 @@ def open_in_root(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
 
 
 def start_time(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None when there is none."""
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None when there is none, or one
+    that has ended and only waits to be reaped: its parent may never do that."""
     fields = stat_fields(pid)
-    return int(fields[19]) if fields else None
+    return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
 
 
 def stat_fields(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the command name: [0] state, [1] ppid, [2] pgrp, [3] session, [19] start."""
+    """The fields of /proc/PID/stat after the command name: [0] state, [1] ppid, [2] pgrp, [3] session, [6] flags,
+    [19] start."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             data = file.read()

@@ -290,12 +290,12 @@ class Session:
             if incomplete:
                 await box.settle()
                 return None
-            if number == signal.SIGKILL and finished:
-                await box.settle()
         else:
             code = self._status or 0
             number = process.signal_of(code)
             self._cwd = self._directory()
+        if number == signal.SIGKILL and finished:
+            await box.settle()
         return box.result(code, number if finished else None, not finished, output, oom_before, started)
 
     async def _abort(self, since: int) -> None:

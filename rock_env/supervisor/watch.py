@@ -1,9 +1,9 @@
 """What sandboxed programs try, as the kernel tells it: seccomp user notification.
 
 A watched filter (rock_env.supervisor.seccomp) stops two kinds of calls until we have looked at them: those it denies,
-which we record and deny, and those that name a network address, which we record and let continue: a program could
-exchange the address after our look, so nothing is decided by it. What keeps a sandbox in is its network namespace.
-Calls are answered one after another, at a bounded rate per sandbox: a program that makes a million waits.
+which we record and deny, and those that name an address of a network namespace, which we record and let continue: a
+program could exchange the address after our look, so nothing is decided by it. What keeps a sandbox in is that
+namespace. Calls are answered one after another, at a bounded rate per sandbox: a program that makes a million waits.
 """
 
 from __future__ import annotations
@@ -31,14 +31,21 @@ _AT_ONCE = 32  # calls answered before other work gets its turn
 _MESSAGE = struct.Struct("=QI")  # the start of struct msghdr: address, its length
 _MESSAGE_BYTES, _MESSAGES = 64, 16
 _ADDRESS_BYTES = 128
-Address = tuple[str, int]  # numeric host, port
+Address = tuple[str, int]  # numeric host and port; or "@name" of an abstract unix socket and 0
 
 
 def parse_address(data: bytes, sends: bool) -> Address | None:
-    """The internet address in a struct sockaddr; None for other families. To `sends`, Linux reads AF_UNSPEC as IPv4."""
-    if len(data) < 8:
+    """The address in a struct sockaddr that belongs to a network namespace: internet, or an abstract unix socket's.
+
+    None for other families. To `sends`, Linux reads AF_UNSPEC as IPv4.
+    """
+    if len(data) < 3:
         return None
     family = struct.unpack_from("=H", data)[0]
+    if family == socket.AF_UNIX and data[2] == 0:
+        return "@" + ascii(data[3:].rstrip(b"\0").decode("latin-1"))[1:-1], 0
+    if len(data) < 8:
+        return None
     port = struct.unpack_from("!H", data, 2)[0]
     if family == socket.AF_INET or (family == socket.AF_UNSPEC and sends):
         return socket.inet_ntop(socket.AF_INET, data[4:8]), port
@@ -139,7 +146,7 @@ class Watcher:
         except OSError:  # what it points to is no memory, or it was killed meanwhile
             return
         for host, port in found:
-            scope = "loopback" if is_loopback(host) else "outside"
+            scope = "abstract" if host.startswith("@") else "loopback" if is_loopback(host) else "outside"
             self._notes.note("network_call", syscall=name, host=host, port=port, scope=scope, _once=_program(thread))
 
 

@@ -25,7 +25,7 @@ from rock_env.gem.text import CUT, AnyText, render, run_command
 from rock_env.harbor import run_verifier, sandbox_spec
 from rome.envs.families import FAMILIES, MAX_HORIZON, MIN_HORIZON
 from rome.envs.generate import draft_task
-from rome.envs.sandboxes import EnvFailure, infrastructure
+from rome.envs.sandboxes import AWAY_SECONDS, EnvFailure, infrastructure, presence_of
 from rome.envs.tasks import HarborTask, load_task
 from rome.trajectory import Status
 
@@ -62,6 +62,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
       command_seconds: a command that takes longer is killed; what it printed is observed with exit code 124.
       backend: what runs the sandboxes: "bubblewrap" or "docker" (rock_env.SandboxSpec.backend).
       start: what starts them, with the arguments of Sandbox.start.
+      away_seconds: how long whoever starts them may be away, before that is no passing failure any more. Counted from
+        the first failure after a success, of all environments with the same `start`.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's name and type)
@@ -77,6 +79,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         command_seconds: float = 5.0,
         backend: str = "bubblewrap",
         start: Callable[..., Sandbox] = Sandbox.start,
+        away_seconds: float = AWAY_SECONDS,
     ) -> None:
         if max_chunks < 1 or max_observation_chars <= len(CUT) or command_seconds <= 0:
             raise ValueError(
@@ -90,6 +93,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         self.command_seconds = command_seconds
         self.backend = backend
         self._start = start
+        self._presence = presence_of(start, backend, away_seconds)
         self._families, self._horizons = tuple(families), tuple(horizons)
         self._default = _as_task(task) if task is not None else None
         self._task: HarborTask | None = None
@@ -107,7 +111,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
 
         Raises:
           TaskFormatError: the folder is malformed.
-          SpecError, BackendUnavailable: this machine can't give what the task asks for; trying again won't help.
+          SpecError, BackendUnavailable: whoever starts sandboxes can't give what the task asks for, was never there, or
+            has gone for good; trying again won't help.
           EnvFailure: the sandbox didn't start; trying again may help.
         """
         super().reset(seed=seed)
@@ -131,7 +136,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         call = _TOOL_CALL.search(action)
         if call is None:
             return self._finish("", {"error": False, "exit_code": 0, "timed_out": False}, truncated=False)
-        with infrastructure(self.close):
+        with infrastructure(self.close, self._presence):
             result = run_command(self._sandbox.session(), call[1], self.command_seconds)
         self._observation = render(result, self.max_observation_chars)
         self._seconds += result.seconds
@@ -157,7 +162,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         """
         if self._sandbox is None or self._task is None:
             raise ResetNeeded("expected reset() before snapshot()")
-        with infrastructure(self.close):
+        with infrastructure(self.close, self._presence):
             sandbox = self._sandbox.snapshot()
         return EnvSnapshot(self._task, sandbox, self._chunks, self._seconds, self._observation)
 
@@ -177,7 +182,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         with infrastructure(self.close):
             # A snapshot brings its own.
             spec = sandbox_spec(task, self.command_seconds, self.backend) if snapshot is None else None
-            self._sandbox = self._start(spec, snapshot=snapshot)
+            self._sandbox = self._presence.start(lambda: self._start(spec, snapshot=snapshot))
         self._task, self._chunks, self._seconds = task, 0, 0.0
         self.timings = {"start": time.monotonic() - start, "commands": 0.0}
         self._observation = task.task.instruction
@@ -187,7 +192,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         self, observation: str, info: dict[str, Any], truncated: bool
     ) -> tuple[str, float, bool, bool, dict[str, Any]]:
         start = time.monotonic()
-        with infrastructure(self.close):
+        with infrastructure(self.close, self._presence):
             reward = run_verifier(self._sandbox, self._task)
         self.close()
         self.timings["verify"] = time.monotonic() - start

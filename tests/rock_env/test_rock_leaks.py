@@ -1,5 +1,6 @@
 """Nothing is left: after a stop, a Ctrl-C, a killed client, a killed supervisor. And two hundred at once."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from waiting import wait_until
 import rock_env
 from rock_env import BackendUnavailable, Limits, Sandbox, SandboxDead, SandboxSpec, get_backend
 from rock_env.bubblewrap import BubblewrapBackend
-from rock_env.supervisor import cgroups
+from rock_env.supervisor import cgroups, linux
 
 _REPOSITORY = Path(rock_env.__file__).parents[1]
 _PROLOGUE = f"""
@@ -168,6 +169,63 @@ def test_a_killed_supervisor_ends_its_sandboxes_and_is_replaced(victim):
         backend.close()
 
 
+def _pause_inside(init):
+    """A child of ours in a sandbox's pid namespace, which can't end before we have waited for it. Returns its pid."""
+    fds = [os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC) for pid in (init, "self")]
+    try:
+        linux.setns(fds[0], linux.CLONE_NEWPID)
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                signal.pause()
+        linux.setns(fds[1], linux.CLONE_NEWPID)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return pid
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to enter a namespace")
+def test_the_end_of_a_sandbox_is_no_result_of_what_runs_in_it():
+    """Everything inside is killed at once, and the end of the first process is told last; by as much as we want."""
+    backend, ours = BubblewrapBackend(), 0
+    try:
+        id = backend.create(SandboxSpec())
+        backend.call(id, "job_start", 5, job="j", argv=["sleep", "101"], env={}, cwd=None, seconds=None, stdin=False,
+                     size=None, buffer_bytes=4096)  # fmt: skip
+
+        def named(command):
+            found = []
+            for pid in _descendants(backend.supervisor().keeper_pid):
+                with contextlib.suppress(OSError):
+                    found += [pid] if Path(f"/proc/{pid}/cmdline").read_bytes() == command else []
+            return found
+
+        waits = (
+            lambda: backend.run(id, "s", "sleep 102", 60, 1000),
+            lambda: backend.execute(id, ["sleep", "102"], 60, None, {}, 1000),
+            lambda: backend.call(id, "job_status", 60, job="j", seconds=60),
+        )
+        with ThreadPoolExecutor(len(waits)) as pool:
+            waiting = [pool.submit(wait) for wait in waits]
+            wait_until(lambda: len(named(b"sleep\x00102\x00")) == 2)
+            (init,) = named(b"cat\0")
+            ours = _pause_inside(init)
+            os.kill(init, signal.SIGKILL)
+            wait_until(lambda: not named(b"sleep\x00102\x00"))
+            time.sleep(0.3)  # as on a machine that is busy elsewhere
+            os.waitpid(ours, 0)
+            ours = 0
+            for each in waiting:
+                with pytest.raises(SandboxDead, match="first process"):
+                    each.result(60)
+    finally:
+        if ours:
+            os.kill(ours, signal.SIGKILL)
+            os.waitpid(ours, 0)
+        backend.close()
+
+
 def test_a_forked_process_may_not_use_its_parents_sandboxes(fresh):
     read, write = os.pipe()
     pid = os.fork()
@@ -255,27 +313,39 @@ def test_full_store_refuses_a_snapshot_and_keeps_nothing_of_it(monkeypatch):
 
 def test_stale_remains_are_swept_but_not_those_of_the_living():
     backend = BubblewrapBackend()
+    unreaped = subprocess.Popen(["true"])  # a keeper whose parent does not wait for it
+    made = []
     try:
         backend.supervisor()
         namespace = os.stat("/proc/self/ns/pid").st_ino
-        state = Path(rock_env.client.state_directory())
+        wait_until(lambda: _stat(unreaped.pid)[0] == "Z")
+        started = _stat(unreaped.pid)[19]
         dead = subprocess.Popen(["true"])
         dead.wait()
-        stale = state / f"rock-{namespace}-{dead.pid}-1"
-        elsewhere = state / f"rock-{namespace + 1}-{dead.pid}-1"  # of another pid namespace: not ours to judge
+        stale = [f"rock-{namespace}-{dead.pid}-1", f"rock-{namespace}-{unreaped.pid}-{started}"]
+        elsewhere = f"rock-{namespace + 1}-{dead.pid}-1"  # of another pid namespace: not ours to judge
         mine = get_backend("bubblewrap").supervisor()
-        living = [p for p in state.iterdir() if f"-{mine.keeper_pid}-" in p.name]
-        for folder in (stale, elsewhere):
+        places = [Path(rock_env.client.state_directory()), *map(Path, cgroups.Hierarchies.detect().directories())]
+        living = [p for place in places for p in place.iterdir() if f"-{mine.keeper_pid}-" in p.name]
+        assert len(living) == len(places)
+        for place in places:
+            made += [place / name for name in (*stale, elsewhere)]
+        for folder in made:
             folder.mkdir()
+        for place in places[1:]:
+            (place / stale[1] / "7").mkdir()  # a sandbox's group
         other = BubblewrapBackend()
         other.supervisor()
         other.close()
-        assert not stale.exists()
-        assert elsewhere.exists()
+        assert {p for p in made if p.exists()} == {place / elsewhere for place in places}
         assert all(p.exists() for p in living)
-        elsewhere.rmdir()
     finally:
+        unreaped.wait()
         backend.close()
+        for folder in made:
+            for path in (folder / "7", folder):
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
 
 
 def test_sixteen_threads_start_and_stop():

@@ -222,7 +222,9 @@ def test_addresses_are_read_as_the_kernel_reads_them():
     unspecified = bytes(2) + inet[2:]
     assert watch.parse_address(unspecified, sends=True) == ("127.0.0.9", 53)
     assert watch.parse_address(unspecified, sends=False) is None  # connect: disconnects
-    for other in (struct.pack("=H", socket.AF_UNIX) + b"/tmp/socket", inet[:7], b"", b"\2"):
+    unix = struct.pack("=H", socket.AF_UNIX)
+    assert watch.parse_address(unix + b"\0x11 \xff\n\0" + bytes(90), sends=False) == ("@x11 \\xff\\n", 0)
+    for other in (unix + b"/tmp/socket", unix, inet[:7], b"", b"\2"):
         assert watch.parse_address(other, sends=True) is None
     inside = ("127.0.0.1", "127.255.0.3", "::1", "::ffff:127.0.0.1")
     assert [h for h in (*inside, "128.0.0.1", "::2", "1.127.0.1") if watch.is_loopback(h)] == list(inside)

@@ -12,9 +12,11 @@ import time
 
 import httpx
 import pytest
+from test_rock_cli import Rock
 from waiting import wait_until
 
 from rock_env import (
+    BackendUnavailable,
     FileEntry,
     FileError,
     LimitExceeded,
@@ -267,6 +269,8 @@ def test_images_by_name(start_admin, tmp_path):
     with admin.client().start(SandboxSpec(image="tiny", files={"f": "x"})) as box:
         assert box.execute("cat /mark").output == "of the image\n"
         assert box.spec.image == "tiny"
+    rock = Rock(ROCK_URL=admin.url, ROCK_API_KEY=admin.key)
+    assert rock("run", "tiny", "--", "cat", "/mark") == "of the image\n"
     admin.stop()
 
 
@@ -304,4 +308,8 @@ def test_nobody_there_is_named(admin):
         Client("http://127.0.0.1:9", "rk_x").start()
     with pytest.raises(SpecError, match="url"):
         Client("", "x")
+    client = Client(admin.url, admin.key)
+    client.close()
+    with pytest.raises(BackendUnavailable, match="this client has been closed"):
+        client.get("/v1/whoami")
     assert httpx.get(f"{admin.url}/health", trust_env=False).json() == {"status": "ok"}

@@ -5,6 +5,7 @@ import signal
 
 import docker
 import pytest
+from test_rock_cli import Rock
 from waiting import wait_until
 
 from rock_env import BackendUnavailable, SandboxDead, SandboxSpec
@@ -26,6 +27,12 @@ def engine(docker_daemon):
 
 def containers(engine):
     return {container.id for container in engine.containers.list(all=True)}
+
+
+def test_doctor_tells_of_it(engine):
+    table = Rock()("doctor", "--backend", "docker")
+    assert f"Docker Engine {engine.version()['Version']}" in table
+    assert "read-only root" in table
 
 
 def test_a_spec_without_a_backend_gets_the_admins(admin, engine):

@@ -59,6 +59,9 @@ def alone(tmp_path_factory):
 
 def test_run_alone_exits_as_the_command(alone):
     assert alone("run", "-e", "A=b c", "--", "sh", "-c", "echo $A; exit 7", code=7) == "b c\n"
+    assert alone("run", "--", "printf", "--", "%s", "x") == "x"
+    assert "expected a root file system directory" in alone("run", "/no/such/root", "--", "true", code=125)
+    assert "--image: expected it alone" in alone("run", "--image", "a", "b", "--", "true", code=125)
     assert "--limit: expected one of" in alone("run", "-l", "mem=1", "--", "true", code=125)
     assert "pids: expected an integer >= 4" in alone("run", "-l", "pids=1", "true", code=125)
     assert "no admin" in alone("ps", code=125)
@@ -71,6 +74,7 @@ def test_doctor_and_audit(alone, tmp_path):
     table = alone("doctor")
     assert "seccomp" in table
     assert "memory_bytes" in table
+    assert "expected one of bubblewrap, docker" in alone("doctor", "--backend", "none", code=125)
     log = table.split("audit ", 1)[1].split()[1]
     assert ": intact" in alone("audit", "verify", log)
     forged = tmp_path / "log.jsonl"
@@ -90,6 +94,11 @@ def test_a_sandboxs_life(rock, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "f").write_text("content")
     rock("cp", str(tmp_path / "d"), f"{id}:/tmp/d")
+    rock("cp", str(tmp_path / "d" / "f"), f"{id}:/tmp/into/")
+    rock("cp", f"{id}:/tmp/into", f"{tmp_path}/")
+    rock("cp", f"{id}:/tmp/into/f", str(tmp_path / "into" / "copy"))
+    assert [(tmp_path / "into" / name).read_text() for name in ("f", "copy")] == ["content"] * 2
+    assert "Not a directory" in rock("cp", f"{id}:/tmp/into", f"{tmp_path}/into/f/x", code=125)
     rock("exec", id, "ln", "-s", "/etc/passwd", "/tmp/d/link")
     rock("cp", f"{id}:/tmp/d", str(tmp_path / "back"))
     assert [p.name for p in (tmp_path / "back").iterdir()] == ["f"]

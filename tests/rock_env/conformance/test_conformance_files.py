@@ -116,6 +116,36 @@ def test_upload_and_download(box, tmp_path):
     assert os.readlink(back / "link") == "run.sh"
     assert (back / "run.sh").stat().st_mode & 0o777 == 0o755
     assert sorted(p.name for p in back.iterdir()) == ["empty", "link", "run.sh", "sub"]
+    box.download("copy", back)  # again, over what is there
+    box.download("copy/run.sh", back / "empty")
+    assert (back / "empty" / "run.sh").read_text() == "#!/bin/sh\necho ran\n"
+    (back / "run.sh").unlink()
+    (back / "run.sh").mkdir()
+    with pytest.raises(FileError, match=r"/run\.sh: Is a directory") as refused:
+        box.download("copy", back)
+    assert refused.value.errno_name == "EISDIR"
+    with pytest.raises(FileError, match="File exists"):
+        box.download("copy", back / "sub" / "data")
+    assert sorted(p.name for p in back.iterdir()) == ["empty", "link", "run.sh", "sub"]
+
+
+def test_links_of_a_copy_never_lead_out_of_it(box, tmp_path):
+    """One whose text seems to stay inside, but goes up from where another one leads; then a directory in its place."""
+    box.execute(
+        "mkdir -p stairs/a/b/c stairs/x; ln -s ../../../x stairs/a/b/c/low; ln -s a/b/c/low/../.. stairs/out;"
+        "ln -s a/b stairs/in"
+    )
+    outside = tmp_path / "outside"
+    assert box.download("stairs", outside / "copy") == ["out"]
+    assert os.readlink(outside / "copy" / "in") == "a/b"
+    assert (outside / "copy" / "a" / "b" / "c" / "low").resolve() == outside / "copy" / "x"
+    box.execute("rm stairs/out stairs/in; mkdir stairs/out stairs/in; echo evil | tee stairs/out/evil stairs/in/evil")
+    (outside / "copy" / "out").symlink_to("..")  # as if it had been copied
+    (outside / "none").mkdir()
+    assert box.download("stairs", outside / "none" / ".." / "copy") == []
+    assert sorted(path.name for path in outside.iterdir()) == ["copy", "none"]
+    assert (outside / "copy" / "out" / "evil").read_text() == "evil\n"
+    assert not (outside / "copy" / "a" / "b" / "evil").exists()
 
 
 def test_an_archive_cannot_be_unpacked_outside(box):
