@@ -18,7 +18,7 @@ from rome.models.cache import Extension, check_cache, pick_rows, sees
 from rome.models.config import ModelConfig
 from rome.models.sharding import is_sharded, island, partition
 
-_BLOCK = 128  # tokens of a slot's history that one iteration of the attention reads, at least
+_BLOCK = 64  # tokens of a slot's history that one iteration of the attention reads, at least
 
 
 class Paging(NamedTuple):

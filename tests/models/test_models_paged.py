@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,25 @@ import numpy as np
 import pytest
 from test_models_cache import DENSE, MOE, make_params
 
-from rome.models import extend, init_cache, unstack_layers
+from rome.models import extend, init_cache
 from rome.models.cache import sees
 from rome.models.paged import Paging, attend_pages, init_paged_cache
 
-SLIDING = dataclasses.replace(MOE, num_layers=3, sliding_layers=(1,), sliding_window=9, dense_layers=(0,))
-ROOM = 300  # more than two blocks of pages
+MIXED = dataclasses.replace(
+    MOE, intermediate_size=24, dense_layers=(0,), sliding_layers=(1,), sliding_window=9, tie_embeddings=True
+)
+ROOM = 200  # several blocks of pages
 
 step = jax.jit(extend, static_argnums=1)
 attend = jax.jit(attend_pages, static_argnums=(6, 7))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def reference(q, k, v, positions, window):
@@ -56,8 +66,9 @@ def test_attention_over_blocks_of_scattered_pages(size, width, window):
 
 
 @cache
-def histories(config, size):
-    """Logits of both caches after each append of a random sequence of them, and the paged cache at the end."""
+def histories():
+    """Logits of both caches after each append of a random sequence of them, and the caches at the end."""
+    config, size = MIXED, 7
     params, rng = make_params(config, 1), np.random.default_rng(3)
     paging = Paging(size, 4 * Paging(size, 0).of(ROOM))
     contiguous = init_cache(config, 4, ROOM, config.is_moe)
@@ -65,8 +76,8 @@ def histories(config, size):
     table = rng.permutation(paging.pages).reshape(4, -1).astype(np.int32)
     table[3, 1:] = paging.pages  # the last slot has one page, and stays within it
     paged = paged.replace(table=jnp.asarray(table))
-    most, logits = np.array([290, 150, 60, min(size, 3)]), []
-    for _ in range(24):
+    most, logits = np.array([190, 110, 40, min(size, 3)]), []
+    for _ in range(18):
         left = most - np.asarray(contiguous.length)
         counts = np.minimum(rng.integers(0, 33, 4), left).astype(np.int32)
         tokens = rng.integers(0, config.vocab_size, (4, 32)).astype(np.int32)
@@ -76,20 +87,20 @@ def histories(config, size):
     return logits, contiguous, paged
 
 
-@pytest.mark.parametrize(("config", "size"), [(DENSE, 16), (SLIDING, 7)], ids=["dense", "experts, sliding window"])
-def test_extend_gives_the_logits_of_the_contiguous_cache(config, size):
-    logits, contiguous, paged = histories(config, size)
+def test_extend_gives_the_logits_of_the_contiguous_cache():
+    """Of a dense layer that sees all, and one with experts and a sliding window."""
+    logits, contiguous, paged = histories()
     np.testing.assert_array_equal(contiguous.length, paged.length)
-    assert contiguous.length[0] > 256
+    assert contiguous.length[0] == 190
     for counts, expected, found in logits:
         assert np.isfinite(found).all()
         np.testing.assert_allclose(found[counts > 0], expected[counts > 0], atol=2e-5)
 
 
 def test_experts_are_recorded_where_their_tokens_are():
-    _, contiguous, paged = histories(SLIDING, 7)
+    _, contiguous, paged = histories()
     table = np.asarray(paged.table)
-    assert len(paged.pool.experts) == len(contiguous.experts) == 2
+    assert len(paged.pool.experts) == len(contiguous.experts) == 1
     for of_rows, of_pages in zip(contiguous.experts, paged.pool.experts, strict=True):
         for row, length in enumerate(np.asarray(paged.length)[:3]):
             np.testing.assert_array_equal(of_pages[table[row]].reshape(-1, 2)[:length], of_rows[row, :length])
@@ -109,25 +120,3 @@ def test_a_slot_writes_its_own_pages_only_and_what_has_no_page_is_lost():
         np.testing.assert_array_equal(old[5], new[5])
         np.testing.assert_array_equal(old[0], new[0])
         assert (old[3] != new[3]).any()
-
-
-def test_decoding_in_a_jitted_loop_updates_the_pages_in_place():
-    """The compiled loop copies no pool, although a loop inside it reads what it writes."""
-    params = make_params(DENSE, 3)
-    slots, room, paging = 4, 512, Paging(16, 128)
-
-    @partial(jax.jit, donate_argnums=0)
-    def decode(cache, token):
-        layers = unstack_layers(params, DENSE)
-
-        def body(state):
-            index, cache, token = state
-            logits, cache = extend(layers, DENSE, cache, token[:, None], jnp.ones_like(token))
-            return index + 1, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-        return jax.lax.while_loop(lambda state: state[0] < 6, body, (0, cache, token))
-
-    cache = jax.eval_shape(lambda: init_paged_cache(DENSE, slots, room, paging))
-    compiled = decode.lower(cache, jax.ShapeDtypeStruct((slots,), jnp.int32)).compile()
-    one_layer = slots * DENSE.num_kv_heads * room * DENSE.head_dim * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < one_layer * DENSE.num_layers

@@ -37,7 +37,7 @@ from rome.training.compilations import count_compilations
 
 MIXED = dataclasses.replace(
     MODEL,
-    num_layers=3,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     num_experts=4,
@@ -47,7 +47,15 @@ MIXED = dataclasses.replace(
     sliding_layers=(1,),
     sliding_window=11,
 )
-SHAPES = {"slots": 8, "cohorts": 2, "max_length": 90, "extend_buckets": (8, 32), "max_chunk_tokens": 10}
+SHAPES = {"slots": 8, "cohorts": 2, "max_length": 96, "extend_buckets": (32,), "max_chunk_tokens": 10}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @cache
@@ -99,12 +107,12 @@ def rows_play(temperature):
     return play(engine, 4, temperature), {name: getattr(engine.stats, name) for name in COUNTS}
 
 
-@pytest.mark.parametrize(("size", "temperature"), [(7, 0.0), (16, 1.0)])
-def test_pages_give_what_rows_give_and_nothing_compiles_after_warmup(size, temperature):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_pages_give_what_rows_give_and_nothing_compiles_after_warmup(temperature):
     """Experts, a sliding window, groups that share and slots that don't, chunks over the borders of pages that don't
     divide the length."""
     expected, counts = rows_play(temperature)
-    engine = mixed_engine(page_size=size)
+    engine = mixed_engine(page_size=7)
     engine.warmup()
     known = engine.compilations
     with count_compilations() as compiled:
@@ -113,19 +121,6 @@ def test_pages_give_what_rows_give_and_nothing_compiles_after_warmup(size, tempe
     assert engine.compilations == known
     assert_same(found, expected)
     assert {name: getattr(engine.stats, name) for name in COUNTS} == counts
-
-
-@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
-def test_other_precisions(precision):
-    """bfloat16 rounds a running softmax elsewhere than a whole one; the tokens that both drew first are compared."""
-    first = {}
-    for size in (0, 16):
-        _, said, _ = play(toy_engine(**SHAPES, precision=precision, page_size=size), 1)
-        first[size] = [(chunks[0].tokens[0], chunks[0].raw_logp[0]) for chunks in said.values()]
-    same = [(a, b) for (x, a), (y, b) in zip(first[0], first[16], strict=True) if x == y]
-    assert len(same) >= 6
-    gap = np.abs(np.diff(same)).max()
-    assert gap < (1e-5 if precision == "int8" else 0.1)
 
 
 def test_a_group_shares_its_prompt_and_copies_its_last_page():
@@ -167,8 +162,7 @@ def assert_sound(pool, lengths):
 
 def test_random_use_of_a_tight_pool_leaks_nothing_and_changes_no_token():
     """Slots come, speak and go in any order, in a pool of half the pages; beside it an engine with rows."""
-    tight, rows = mixed_engine(page_size=7, pages=2 * 26), mixed_engine()
-    assert 26 == 4 * 13 // 2
+    tight, rows = mixed_engine(page_size=7, pages=2 * 28), mixed_engine()
     rng = np.random.default_rng(5)
     prompts = [rng.integers(15, VOCAB, length).astype(np.int32) for length in (5, 14, 33)]
     history: dict[int, np.ndarray] = {}
@@ -197,7 +191,7 @@ def test_random_use_of_a_tight_pool_leaks_nothing_and_changes_no_token():
             np.testing.assert_allclose(chunk.raw_logp, expected[slot].raw_logp, atol=1e-5)
             more = rng.integers(15, VOCAB, rng.integers(1, 12))
             history[slot] = np.concatenate([history[slot], chunk.tokens, more]).astype(np.int32)
-        for slot in [s for s in history if len(history[s]) >= 90 or rng.random() < 0.05]:
+        for slot in [s for s in history if len(history[s]) >= 96 or rng.random() < 0.05]:
             del history[slot]
             for engine in (tight, rows):
                 engine.free(slot)
@@ -205,7 +199,7 @@ def test_random_use_of_a_tight_pool_leaks_nothing_and_changes_no_token():
             slots = tight.cohort_slots(each)
             assert_sound(tight._pools[each], [len(tight.processed(slot)) for slot in slots])
     assert refused > 10
-    assert tight.stats.pages_peak <= 2 * 26
+    assert tight.stats.pages_peak <= 2 * 28
     for slot in range(8):
         tight.free(slot)
     assert tight.stats.pages_in_use == 0
@@ -259,29 +253,28 @@ def roll(engine, requests):
 
 
 def test_a_tight_pool_delays_trajectories_and_changes_none_of_them():
-    """Bit for bit those of a pool that never refuses, and in tokens those of an engine with rows."""
+    """Bit for bit those of a pool that never refuses."""
     requests = toy_requests(groups=4, size=4, seed=2)
-    shapes = {**SHAPES, "max_length": 96, "page_size": 8}
-    ample, tight = toy_engine(**shapes), toy_engine(**shapes, pages=2 * 12)  # room for one that reaches the end
+    # in the second, a cohort has room for one trajectory that reaches the end
+    ample, tight = toy_engine(**SHAPES, page_size=8), toy_engine(**SHAPES, page_size=8, pages=2 * 12)
     expected, found = roll(ample, requests), roll(tight, requests)
     assert len(found) == 16
     assert all(same_trajectory(a, b) for a, b in zip(expected, found, strict=True))
     assert ample.stats.postponed == 0 < tight.stats.postponed
     assert tight.stats.pages_peak <= 24 < ample.stats.pages_peak
     assert tight.stats.pages_in_use == ample.stats.pages_in_use == 0
-    for a, b in zip(roll(toy_engine(**shapes | {"page_size": 0}), requests), found, strict=True):
-        assert [s.tolist() for _, s in a.segments()] == [s.tolist() for _, s in b.segments()]
 
 
 def test_free_running_rollouts_wait_for_pages_too():
-    engine = toy_engine(**SHAPES | {"max_length": 96}, page_size=8, pages=24)
+    engine = toy_engine(**SHAPES, page_size=8, pages=2 * 12)
     deadlines = Deadlines(reset=60, step=60, verify=60, close=60)
     config = RolloutConfig(env_threads=4, deadlines=deadlines, gather_seconds=0.0)
     runner = RolloutRunner(engine, ToyRenderer(), lambda: ToyEnv(Journal(jitter=0.005)), config)
-    buffer = SampleBuffer(batch_groups=4, async_ratio=1.0)
+    buffer = SampleBuffer(1.0, 4)
     with runner, BackgroundRollouts(runner, buffer, toy_requests(groups=8, size=4)):
         for _ in range(2):
-            assert len(buffer.get_batch(version=0, timeout=120)) == 16
+            assert sum(map(len, buffer.get_batch(4, 0, timeout=120))) == 16
+    assert engine.stats.postponed > 0
     assert engine.stats.pages_in_use == 0
 
 
