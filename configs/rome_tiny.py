@@ -105,6 +105,8 @@ def get_config() -> ConfigDict:
             "top_p": 1.0,
             "top_k": 0,
             "precision": "model",
+            "page_size": 0,
+            "pages": 0,
         }
     )
     config.rollout = ConfigDict(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -20,6 +23,32 @@ from rome.models.transformer import (
     rms_norm,
     unembed,
 )
+
+
+class Extension(Protocol):
+    """A cache that is about to take new tokens: what `extend` knows of it."""
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        """Takes a layer's new keys and values [B, K, S, h]; gives the mixed values of q [B, K, G, S, h] over the slots'
+        whole histories, and what the layer then holds."""
+        ...
+
+    def finished(self, layers: Sequence[Any], visited: Sequence[jax.Array]) -> Cache:
+        """The cache after all layers, of what each holds and of the experts [B, S, k] that routers chose."""
+        ...
+
+
+class Cache(Protocol):
+    """Keys and values of B slots. `KVCache` has a row for each slot, `rome.models.paged.PagedCache` pages."""
+
+    @property
+    def length(self) -> jax.Array:
+        """int32[B], tokens that each slot holds."""
+        ...
+
+    def extension(self, config: ModelConfig, positions: jax.Array, counts: jax.Array) -> Extension:
+        """For tokens at `positions` int32[B, S], the first `counts[b]` of each row being new."""
+        ...
 
 
 @flax.struct.dataclass
@@ -43,6 +72,25 @@ class KVCache:
         """Empties the slots where bool[B] is true. What they held stays in memory, unreachable."""
         return replace(self, length=jnp.where(slots, 0, self.length))
 
+    def start_from(self, prompts: KVCache, source: jax.Array) -> KVCache:
+        """Slot b becomes a copy of row source[b] of `prompts`, where source int32[B] is not −1."""
+        return jax.tree.map(functools.partial(pick_rows, source), self, prompts)
+
+    def shardings(self, place: Callable[..., Any]) -> KVCache:
+        """``place(*logical axes)`` of every leaf."""
+        heads = (place("batch", "kv_heads"),) * len(self.keys)
+        return KVCache(heads, heads, place("batch"), (place("batch"),) * len(self.experts))
+
+    def extension(self, config: ModelConfig, positions: jax.Array, counts: jax.Array) -> Extension:
+        """See `Cache`."""
+        return _Rows(self, config, positions, counts)
+
+
+def pick_rows(source: jax.Array, held: jax.Array, given: jax.Array) -> jax.Array:
+    """Row source[b] of `given` where it is not −1, else row b of `held`."""
+    chosen = (source >= 0).reshape(-1, *[1] * (held.ndim - 1))
+    return jnp.where(chosen, given[jnp.maximum(source, 0)], held)
+
 
 def init_cache(config: ModelConfig, batch: int, max_length: int, record_experts: bool = False) -> KVCache:
     """An empty cache of ``batch`` slots with room for ``max_length`` tokens each, in ``config.dtype``.
@@ -51,11 +99,7 @@ def init_cache(config: ModelConfig, batch: int, max_length: int, record_experts:
         ConfigError: ``max_length`` is more than the model's ``max_position_embeddings``, or there are no experts to
             record.
     """
-    if record_experts and not config.is_moe:
-        raise ConfigError("record_experts: expected a mixture of experts, got a dense model")
-    longest = config.max_position_embeddings
-    if longest and max_length > longest:
-        raise ConfigError(f"max_length: expected at most max_position_embeddings = {longest}, got {max_length}")
+    check_cache(config, max_length, record_experts)
     shape = (batch, config.num_kv_heads, config.head_dim, max_length)
     keys = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
     values = tuple(jnp.zeros((*shape[:2], max_length, config.head_dim), config.dtype) for _ in range(config.num_layers))
@@ -65,9 +109,18 @@ def init_cache(config: ModelConfig, batch: int, max_length: int, record_experts:
     return KVCache(keys, values, jnp.zeros((batch,), jnp.int32), experts)
 
 
+def check_cache(config: ModelConfig, max_length: int, record_experts: bool) -> None:
+    """Raises ConfigError as `init_cache` does."""
+    if record_experts and not config.is_moe:
+        raise ConfigError("record_experts: expected a mixture of experts, got a dense model")
+    longest = config.max_position_embeddings
+    if longest and max_length > longest:
+        raise ConfigError(f"max_length: expected at most max_position_embeddings = {longest}, got {max_length}")
+
+
 def extend(
-    params: Params, config: ModelConfig, cache: KVCache, tokens: jax.Array, counts: jax.Array
-) -> tuple[jax.Array, KVCache]:
+    params: Params, config: ModelConfig, cache: Cache, tokens: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, Cache]:
     """Appends tokens to slots at their current lengths: a prefill, a delta, or (S = 1) a decode step.
 
     Args:
@@ -79,39 +132,51 @@ def extend(
 
     Returns:
         Logits float32[B, V] after each slot's last new token (of slots with count 0: finite, meaningless), and the
-        cache with ``length + counts``. The caller keeps ``length + counts <= max_length``; what exceeds it is lost.
+        cache with ``length + counts``. The caller keeps ``length + counts <= max_length`` (and has pages for them);
+        what exceeds it is lost.
     """
-    offsets = jnp.arange(tokens.shape[1])[None, :]
-    positions = cache.length[:, None] + offsets
-    # an index out of bounds is dropped by the scatter below
-    columns = jnp.where(offsets < counts[:, None], positions, cache.max_length)
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    extension = cache.extension(config, positions, counts)
     rope = rope_tables(positions, config)
-    behind_BxSxL = positions[..., None] - jnp.arange(cache.max_length)
-    bias = {0: jnp.where(behind_BxSxL >= 0, 0.0, MASKED)}  # by window; 0: all
-    if config.sliding_layers:
-        window = config.sliding_window
-        bias[window] = jnp.where((behind_BxSxL >= 0) & (behind_BxSxL < window), 0.0, MASKED)
-
     x = embed(params, config, tokens)
-    keys, values, visited = [], [], []
+    layers, visited = [], []
     for index in range(config.num_layers):
-        window = config.sliding_window if index in config.sliding_layers else 0
-
-        def attend(q, k, v, index=index, window=window):
-            return _append_and_attend(q, k, v, cache.keys[index], cache.values[index], columns, bias[window])
-
-        x, (k, v), routed = decoder_layer(x, layer_params(params, config, index), config, rope, attend)
-        keys.append(k)
-        values.append(v)
+        attend = functools.partial(extension.attend, index)
+        x, held, routed = decoder_layer(x, layer_params(params, config, index), config, rope, attend)
+        layers.append(held)
         if routed.experts is not None:
             visited.append(routed.experts.astype(jnp.int16))
-    experts = tuple(
-        _record(held, new, columns) for held, new in zip(cache.experts, visited[: len(cache.experts)], strict=True)
-    )
     last = jnp.maximum(counts - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     logits = unembed(params, config, rms_norm(x, params["final_norm"], config.rms_norm_eps))
-    return logits, KVCache(tuple(keys), tuple(values), cache.length + counts, experts)
+    return logits, extension.finished(layers, visited)
+
+
+class _Rows:
+    """New tokens for a `KVCache`."""
+
+    def __init__(self, cache: KVCache, config: ModelConfig, positions: jax.Array, counts: jax.Array) -> None:
+        self._cache, self._windows, self._counts = cache, config.windows, counts
+        is_new = jnp.arange(positions.shape[1]) < counts[:, None]
+        # an index out of bounds is dropped by the scatters below
+        self._columns = jnp.where(is_new, positions, cache.max_length)
+        behind_BxSxL = positions[..., None] - jnp.arange(cache.max_length)
+        self._bias = {window: jnp.where(sees(behind_BxSxL, window), 0.0, MASKED) for window in set(self._windows)}
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        held, bias = (self._cache.keys[layer], self._cache.values[layer]), self._bias[self._windows[layer]]
+        return _append_and_attend(q, k, v, *held, self._columns, bias)
+
+    def finished(self, layers: Sequence[Any], visited: Sequence[jax.Array]) -> KVCache:
+        cache = self._cache
+        keys, values = zip(*layers, strict=True)
+        experts = tuple(_record(held, new, self._columns) for held, new in zip(cache.experts, visited, strict=False))
+        return KVCache(keys, values, cache.length + self._counts, experts)
+
+
+def sees(behind: jax.Array, window: int) -> jax.Array:
+    """Whether a token sees the one that stands so many positions before it; window 0: all."""
+    return (behind >= 0) & (behind < window) if window else behind >= 0
 
 
 def _append_and_attend(

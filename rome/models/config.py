@@ -173,6 +173,11 @@ class ModelConfig:
         return self.num_layers - len(self.dense_layers) if self.is_moe else 0
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens each layer sees, the token itself included; 0: all."""
+        return tuple(self.sliding_window * (layer in self.sliding_layers) for layer in range(self.num_layers))
+
+    @property
     def has_dense_mlp(self) -> bool:
         return not self.is_moe or bool(self.dense_layers)
 

@@ -85,15 +85,16 @@ def free_run(runner: RolloutRunner) -> bool:
     for cohort in cohorts:
         runner.fill(cohort)
         runner.settle(cohort, enough=0)
-    if any(runner.ready(cohort) for cohort in cohorts):
-        for cohort in cohorts:
-            if runner.ready(cohort):
-                runner.settle(cohort, timeout=runner.config.gather_seconds)
-                runner.turn(cohort)
-    elif runner.busy:
-        runner.settle_any(timeout=1.0)
-    else:
+    decoded = runner.stats.chunks
+    for cohort in cohorts:
+        if runner.ready(cohort):
+            runner.settle(cohort, timeout=runner.config.gather_seconds)
+            runner.turn(cohort)
+    if runner.stats.chunks > decoded:
+        return True
+    if not runner.busy:
         return False
+    runner.settle_any(timeout=1.0)  # whoever is ready, if anyone is, waits for pages that others have
     return True
 
 

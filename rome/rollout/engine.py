@@ -7,7 +7,8 @@ A *turn* is the unit of work. `generate` appends each slot's new tokens (a promp
 observation after it) in static buckets, then decodes all of them in one jitted `while_loop` until each has sampled a
 stop id or `max_chunk_tokens`. There is one host ↔ device synchronisation a turn, and every token passes through the
 model at most once: a chunk's last token is only processed when (and if) the next delta is appended, and slots that
-start a turn with the same prompt (the samples of a group) share its prefill: it runs once, apart, and is copied.
+start a turn with the same prompt (the samples of a group) share its prefill: it runs once, apart, and is copied; or,
+with a cache in pages (`rome.rollout.pages`), shared.
 
 Slots are split into cohorts, each with a decode state of its own, so that the environments of one cohort can run while
 another decodes. All cohorts have the same shape: they share every compiled function.
@@ -30,68 +31,23 @@ import jax
 import numpy as np
 
 from rome.models import ModelConfig
-from rome.models.sharding import Mesh
-from rome.rollout.programs import Compiled, DecodeState, Finish, compiled, empty_state, row_of, slot_shardings
-from rome.rollout.weights import PRECISIONS, EngineError, Publisher, check_version
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Static shapes and the sampling distribution.
-
-    Attributes:
-      slots: trajectories in flight, over all cohorts; a multiple of `cohorts`.
-      cohorts: groups of slots that take turns.
-      max_length: tokens a trajectory may have: prompt, chunks and observations together.
-      extend_buckets: ascending static sizes of an append; the longest delta of a cohort chooses. Each costs a compile.
-        Prompts are prefilled in the largest.
-      prompt_rows: distinct prompts that are prefilled together, at most `slots_per_cohort`; a turn with more of them
-        takes several passes.
-      max_chunk_tokens: tokens a chunk may have; without a stop id by then it ends as `Finish.LENGTH`.
-      temperature: of sampling; 0 is greedy. `generate` may override it (no recompile).
-      top_p, top_k, min_p: truncation of the sampling distribution; 1, 0 and 0 switch it off.
-      record_experts: keep which experts each token visits, for router replay; of a mixture of experts only.
-      precision: of the engine's weights, see `engine_model`; what is not ``model`` adds to π_old / μ (docs/serving.md).
-    """
-
-    slots: int = 64
-    cohorts: int = 2
-    max_length: int = 256
-    extend_buckets: tuple[int, ...] = (16, 64)
-    prompt_rows: int = 4
-    max_chunk_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    record_experts: bool = False
-    precision: str = "model"
-
-    def __post_init__(self) -> None:
-        buckets = tuple(self.extend_buckets)
-        checks = {
-            "cohorts": (self.cohorts >= 1, "at least 1"),
-            "slots": (self.slots >= 1 and self.slots % max(self.cohorts, 1) == 0, "a positive multiple of cohorts"),
-            "max_length": (self.max_length >= 2, "at least 2"),
-            "extend_buckets": (
-                bool(buckets) and buckets == tuple(sorted(set(buckets))) and buckets[0] >= 1,
-                "ascending sizes of at least 1",
-            ),
-            "prompt_rows": (self.prompt_rows >= 1, "at least 1"),
-            "max_chunk_tokens": (self.max_chunk_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "a finite number >= 0"),
-            "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "min_p": (0 <= self.min_p < 1, "0 <= min_p < 1"),
-            "precision": (self.precision in PRECISIONS, f"one of {PRECISIONS}"),
-        }
-        for name, (valid, expected) in checks.items():
-            if not valid:
-                raise EngineError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
-
-    @property
-    def slots_per_cohort(self) -> int:
-        return self.slots // self.cohorts
+from rome.models.paged import Paging
+from rome.models.sharding import RULES, Mesh
+from rome.rollout.appends import Append, PromptPass, batches, idle_append
+from rome.rollout.engine_config import EngineConfig
+from rome.rollout.pages import Claim, PagePool
+from rome.rollout.programs import (
+    Compiled,
+    DecodeState,
+    Finish,
+    compiled,
+    empty_state,
+    lend_pool,
+    row_of,
+    slot_shardings,
+    with_table,
+)
+from rome.rollout.weights import EngineError, Publisher, check_version
 
 
 class Sampled(NamedTuple):
@@ -106,11 +62,14 @@ class Sampled(NamedTuple):
 
 @dataclass
 class EngineStats:
-    """Counts since the engine was made. Each token is processed once: prefilled or decoded; or it is copied."""
+    """Counts since the engine was made. Each token is processed once: prefilled or decoded; or it is another slot's.
+
+    Of a cache in pages: those that slots have now, that several slots have now, and that were taken at most.
+    """
 
     turns: int = 0
     prefilled_tokens: int = 0  # prompts and observations
-    copied_tokens: int = 0  # of prompts that another slot of the same turn starts with too
+    copied_tokens: int = 0  # of prompts that another slot of the same turn starts with too (with pages, few are copied)
     decoded_tokens: int = 0  # sampled
     processed_tokens: int = 0  # went through the model; the last token of a chunk only once its slot continues
     padded_tokens: int = 0  # what appends went through the model with, padding included
@@ -118,14 +77,11 @@ class EngineStats:
     seconds: float = 0.0  # in `generate`, device time included
     host_seconds: float = 0.0  # of these, outside dispatch and wait
     moves: int = 0  # to another placement
-
-
-class Append(NamedTuple):
-    """Tokens for the rows of a DecodeState: the first `counts[b]` of `tokens[b]`; `fresh` rows are emptied before."""
-
-    tokens: np.ndarray  # int32[B, bucket]
-    counts: np.ndarray  # int32[B]
-    fresh: np.ndarray  # bool[B]
+    pages_in_use: int = 0
+    pages_shared: int = 0
+    pages_peak: int = 0
+    pages_copied: int = 0  # the last, partly filled ones of prompts
+    postponed: int = 0  # chunks that had to wait for pages, counted once a turn
 
 
 class _Placement(NamedTuple):
@@ -169,6 +125,11 @@ class DecodeEngine:
             raise EngineError("record_experts: expected False of a policy without experts, found True")
         if not meshes or (None in meshes and len(meshes) > 1):
             raise EngineError(f"meshes: expected None alone, or one or more meshes, found {meshes!r}")
+        if config.page_size and (len(meshes) > 1 or any(_splits_rows(mesh) for mesh in meshes)):
+            raise NotImplementedError(
+                f"page_size: expected 0 with several placements or a mesh that splits rows "
+                f"({', '.join(RULES['batch'])}), found {config.page_size}"
+            )
         self._publisher = Publisher(params, model_config, config.precision)
         self.config, self.model_config, self.pad_id = config, self._publisher.model_config, pad_id
         self.stats = EngineStats()
@@ -192,8 +153,11 @@ class DecodeEngine:
         self._keys = np.zeros((rows, 2), np.uint32)
         self._occupied = np.zeros(rows, bool)
         self._fresh = np.zeros(rows, bool)  # inserted, not yet appended to
+        self._inserted = np.zeros(rows, np.int64)  # when: the number of insertions before
+        self._insertions = 0
         self._prompt_rows = min(config.prompt_rows, config.slots_per_cohort)
         self._states: dict[int, DecodeState] = {}
+        self._pools: dict[int, PagePool] = {}  # of a cache in pages
         self._reset_states(range(config.cohorts))
 
     @property
@@ -240,9 +204,10 @@ class DecodeEngine:
             target, (params, version) = self._placements[placement], self._weights
             params = jax.block_until_ready(jax.device_put(params, target.shardings))  # while turns go on
             with self._gate, self._turn:
-                held = (self._states, self._prompts)
-                held = jax.device_put(held, slot_shardings(held, target.mesh))
-                self._states, self._prompts = jax.block_until_ready(held)
+                held = {None: self._prompts, **self._states}
+                where = {cohort: slot_shardings(state, target.mesh) for cohort, state in held.items()}
+                held = jax.block_until_ready(jax.device_put(held, where))
+                self._prompts, self._states = held.pop(None), held
                 self._at, self._weights = placement, (params, version)
             self.stats.moves += 1
 
@@ -266,13 +231,18 @@ class DecodeEngine:
         if self._occupied[slot]:
             raise EngineError(f"slot {slot}: expected a free one")
         self._occupied[slot] = self._fresh[slot] = True
+        self._inserted[slot], self._insertions = self._insertions, self._insertions + 1
         self._lengths[slot] = 0
         self._keys[slot] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
 
     def free(self, slot: int) -> None:
-        """Releases a slot. Idempotent."""
+        """Releases a slot, and its pages. Idempotent."""
         self._occupied[slot] = False
         self._lengths[slot] = 0
+        if self._pools:
+            cohort, row = divmod(slot, self.config.slots_per_cohort)
+            self._pools[cohort].shrink(row, 0)
+            self._count_pages()
 
     def processed(self, slot: int) -> np.ndarray:
         """The tokens (int32[n]) that the slot's cache holds. The next delta continues exactly these."""
@@ -284,7 +254,7 @@ class DecodeEngine:
             raise EngineError("routed_experts: expected an engine that was made with record_experts")
         cohort, row = divmod(slot, self.config.slots_per_cohort)
         with self._one_turn():
-            recorded = np.asarray(row_of(self._states[cohort].cache.experts, np.int32(row)))
+            recorded = self._recorded(cohort, row)
         return recorded[: self._lengths[slot]]
 
     def warmup(self) -> None:
@@ -298,20 +268,46 @@ class DecodeEngine:
         self.move_to(start)
 
     def _compile(self) -> None:
-        rows, (params, _) = self.config.slots_per_cohort, self._weights
-        keys, idle, counts = np.zeros((rows, 2), np.uint32), np.zeros(rows, bool), np.zeros(rows, np.int32)
-        temperature = np.float32(self.config.temperature)
-        state, prompts = self._empty_state(rows), self._empty_state(self._prompt_rows)
-        for bucket in self.config.extend_buckets:
-            tokens = np.zeros((rows, bucket), np.int32)
-            state = self._compiled.append(params, state, tokens, counts, idle)
-        some = slice(self._prompt_rows)
-        prompts = self._compiled.append(params, prompts, tokens[some], counts[some], idle[some])  # the largest bucket
-        state = self._compiled.share(state, prompts, counts - 1)
-        state, out = self._compiled.decode(params, state, keys, idle, temperature, self._stop_ids)
+        """A turn in which nothing happens, with every shape."""
+        rows, prompts = self.config.slots_per_cohort, self._prompt_rows
+        appends = [idle_append(rows, bucket) for bucket in self.config.extend_buckets]
+        source, placed = np.full(rows, -1, np.int32), ()
+        if self._pools:
+            placed = self._pools[0].place([], [], prompts)
+        passes = [PromptPass([idle_append(prompts, self.config.extend_buckets[-1])], source, *placed)]
+        idle, temperature = np.zeros(rows, bool), np.float32(self.config.temperature)
+        with self._one_turn() as (params, _):
+            self._advance(0, params, passes, appends, idle, temperature)
         if self.config.record_experts:
-            row_of(state.cache.experts, np.int32(0))
-        jax.block_until_ready(out)
+            self._recorded(0, 0)
+
+    def _recorded(self, cohort: int, row: int) -> np.ndarray:
+        """The experts of all the tokens for which a row has room."""
+        cache = self._states[cohort].cache
+        if self._pools:
+            return np.asarray(row_of(cache.pool.experts, self._pools[cohort].table[row].copy()))
+        return np.asarray(row_of(cache.experts, np.int32(row)))
+
+    def affordable(self, cohort: int, deltas: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Those of a turn's deltas that `generate` takes: all, unless pages are scarce (`PagePool.affordable`).
+
+        The other slots keep what they have; ask again once a turn was decoded or a slot freed. If every slot that has
+        tokens has a delta, at least one is taken: longest inserted come first. Raises as `generate` does.
+        """
+        self._check_deltas(cohort, deltas)
+        if not self._pools:
+            return dict(deltas)
+        first, claims = self.cohort_slots(cohort).start, []
+        for slot in sorted(deltas, key=self._inserted.__getitem__):
+            prompt = np.asarray(deltas[slot], np.int32) if self._fresh[slot] else None
+            claims.append(Claim(slot - first, self._most(slot, deltas[slot]), prompt))
+        granted = set(self._pools[cohort].affordable(claims))
+        self.stats.postponed += len(claims) - len(granted)
+        return {slot: delta for slot, delta in deltas.items() if slot - first in granted}
+
+    def _most(self, slot: int, delta: np.ndarray) -> int:
+        """How many tokens a slot may hold after a turn; the last one of a chunk is not processed."""
+        return min(int(self._lengths[slot]) + len(delta) + self.config.max_chunk_tokens - 1, self.config.max_length)
 
     def generate(
         self, cohort: int, deltas: Mapping[int, np.ndarray], temperature: float | None = None
@@ -323,24 +319,36 @@ class DecodeEngine:
           deltas: slot → int32[m], m ≥ 1, the tokens that follow `processed(slot)`. Slots without one rest untouched.
           temperature: overrides the config's; 0 is greedy.
 
-        Raises EngineError if a slot is not occupied, or its delta leaves no room for a token.
+        Raises EngineError if a slot is not occupied, its delta leaves no room for a token, or (with pages) the deltas
+        are not `affordable`; then nothing has changed.
         """
         started = time.perf_counter()
         first, rows = self.cohort_slots(cohort).start, self.config.slots_per_cohort
-        self._check_deltas(cohort, deltas)
+        if waiting := sorted(deltas.keys() - self.affordable(cohort, deltas).keys()):
+            raise EngineError(
+                f"deltas: expected those that are affordable (pages are scarce), found also slots {waiting}"
+            )
         active = np.zeros(rows, bool)
         active[[slot - first for slot in deltas]] = True
         prompts = {slot - first: delta for slot, delta in deltas.items() if self._fresh[slot]}
         continued = {slot - first: delta for slot, delta in deltas.items() if not self._fresh[slot]}
-        shared = self._prompt_passes(prompts)
-        appends = self._batches(rows, continued, self.config.extend_buckets)
+        shared = self._prompt_passes(cohort, prompts)
+        appends = batches(rows, continued, self.config.extend_buckets, self.pad_id)
+        if self._pools:
+            for slot, delta in deltas.items():
+                self._pools[cohort].grow(slot - first, self._most(slot, delta))
+            self._count_pages()
         prepared = time.perf_counter()
         heat = np.float32(self.config.temperature if temperature is None else temperature)
         with self._one_turn() as (params, version):
             packed = self._advance(cohort, params, shared, appends, active, heat)
         waited = time.perf_counter() - prepared
         sampled = {slot: self._unpack(slot, delta, packed[slot - first], version) for slot, delta in deltas.items()}
-        passes = [*(prefill for prefills, _ in shared for prefill in prefills), *appends]
+        if self._pools:
+            for slot in deltas:
+                self._pools[cohort].shrink(slot - first, int(self._lengths[slot]))
+            self._count_pages()
+        passes = [*(prefill for prompts in shared for prefill in prompts.prefills), *appends]
         self._account(sampled, deltas, len(continued), passes, time.perf_counter() - started, waited)
         return sampled
 
@@ -348,7 +356,7 @@ class DecodeEngine:
         self,
         cohort: int,
         params: Any,
-        shared: Sequence[tuple[list[Append], np.ndarray]],
+        shared: Sequence[PromptPass],
         appends: Sequence[Append],
         active: np.ndarray,
         temperature: np.float32,
@@ -357,14 +365,12 @@ class DecodeEngine:
         run, slots = self._compiled, self.cohort_slots(cohort)
         rows = slice(slots.start, slots.stop)
         try:
-            for prefills, source in shared:
-                for prefill in prefills:
-                    self._prompts = run.append(params, self._prompts, *prefill)
-                self._states[cohort] = run.share(self._states[cohort], self._prompts, source)
+            for prompts in shared:
+                self._prefill(cohort, params, prompts)
             for append in appends:
-                self._states[cohort] = run.append(params, self._states[cohort], *append)
+                self._states[cohort] = run.append(params, self._state(cohort), *append)
             self._states[cohort], packed = run.decode(
-                params, self._states[cohort], self._keys[rows], active, temperature, self._stop_ids
+                params, self._state(cohort), self._keys[rows], active, temperature, self._stop_ids
             )
             return np.asarray(packed)  # the turn's one synchronisation
         except BaseException:  # Ctrl-C too: the donated states are gone, and with them what the slots held
@@ -372,15 +378,43 @@ class DecodeEngine:
             self._occupied[rows], self._lengths[rows] = False, 0
             raise
 
+    def _prefill(self, cohort: int, params: Any, prompts: PromptPass) -> None:
+        """Prefills prompts, and has the cohort's rows start with them; in pages, they are prefilled where they stay."""
+        run, state, held = self._compiled, self._states[cohort], self._prompts
+        if prompts.table is not None:
+            state, held = lend_pool(state, held)
+        for prefill in prompts.prefills:
+            held = held if prompts.table is None else with_table(held, prompts.table)
+            held = run.append(params, held, *prefill)
+        if prompts.table is not None:
+            held, state = lend_pool(held, state)
+        self._prompts, self._states[cohort] = held, state
+        self._states[cohort] = run.share(self._state(cohort), held, prompts.source, *prompts.copies)
+
+    def _state(self, cohort: int) -> DecodeState:
+        """A cohort's state; in pages, with the table as it is now."""
+        state = self._states[cohort]
+        return with_table(state, self._pools[cohort].table) if self._pools else state
+
+    def _count_pages(self) -> None:
+        stats, pools = self.stats, self._pools.values()
+        stats.pages_in_use = sum(pool.in_use for pool in pools)
+        stats.pages_shared = sum(pool.shared for pool in pools)
+        stats.pages_peak = max(stats.pages_peak, stats.pages_in_use)
+
     def _reset_states(self, cohorts: Iterable[int]) -> None:
         """Empties cohorts, and where prompts are prefilled."""
-        self._prompts = self._empty_state(self._prompt_rows)
+        config, paging = self.config, self.config.paging
+        # prompts in pages are prefilled into those of the cohort
+        self._prompts = self._empty_state(self._prompt_rows, paging and paging._replace(pages=0))
         for cohort in cohorts:
-            self._states[cohort] = self._empty_state(self.config.slots_per_cohort)
+            self._states[cohort] = self._empty_state(config.slots_per_cohort, paging)
+            if paging is not None:
+                self._pools[cohort] = PagePool(config.slots_per_cohort, paging, config.max_length)
 
-    def _empty_state(self, rows: int) -> DecodeState:
+    def _empty_state(self, rows: int, paging: Paging | None) -> DecodeState:
         empty = functools.partial(
-            empty_state, self.model_config, rows, self.config.max_length, self.config.record_experts
+            empty_state, self.model_config, rows, self.config.max_length, self.config.record_experts, paging
         )
         mesh = self._placements[self._at].mesh
         if mesh is None:
@@ -396,11 +430,8 @@ class DecodeEngine:
             if not 1 <= len(delta) < room:
                 raise EngineError(f"slot {slot}: expected a delta of 1..{room - 1} tokens, found {len(delta)}")
 
-    def _prompt_passes(self, prompts: Mapping[int, np.ndarray]) -> list[tuple[list[Append], np.ndarray]]:
-        """How to prefill prompts (by row of the cohort), each distinct one once: (appends to the prompt rows, source).
-
-        source[B] int32: which prompt row a row starts with; −1 for the others.
-        """
+    def _prompt_passes(self, cohort: int, prompts: Mapping[int, np.ndarray]) -> list[PromptPass]:
+        """How to prefill prompts (by row of the cohort), each distinct one once."""
         sharers: dict[bytes, list[int]] = {}
         for row, prompt in prompts.items():
             sharers.setdefault(np.asarray(prompt, np.int32).tobytes(), []).append(row)
@@ -411,27 +442,14 @@ class DecodeEngine:
             for index, rows in enumerate(chosen):
                 source[rows] = index
             given = {index: prompts[rows[0]] for index, rows in enumerate(chosen)}
-            prefills = self._batches(self._prompt_rows, given, self.config.extend_buckets[-1:], fresh=True)
-            passes.append((prefills, source))
+            prefills = batches(self._prompt_rows, given, self.config.extend_buckets[-1:], self.pad_id, fresh=True)
+            placed = ()
+            if self._pools:
+                pool, lengths = self._pools[cohort], [len(prompt) for prompt in given.values()]
+                _, copies = placed = pool.place(chosen, lengths, self._prompt_rows)
+                self.stats.pages_copied += int((copies[1] < pool.paging.pages).sum())
+            passes.append(PromptPass(prefills, source, *placed))
         return passes
-
-    def _batches(
-        self, rows: int, deltas: Mapping[int, np.ndarray], buckets: Sequence[int], fresh: bool = False
-    ) -> list[Append]:
-        """The deltas, by row, as one or more appends of static size; `fresh`: to empty caches."""
-        longest = max((len(delta) for delta in deltas.values()), default=0)
-        batches, start = [], 0
-        while start < longest:
-            bucket = next((size for size in buckets if size >= longest - start), buckets[-1])
-            tokens = np.full((rows, bucket), self.pad_id, np.int32)
-            counts = np.zeros(rows, np.int32)
-            for row, delta in deltas.items():
-                part = delta[start : start + bucket]
-                tokens[row, : len(part)] = part
-                counts[row] = len(part)
-            batches.append(Append(tokens, counts, np.full(rows, fresh and start == 0)))
-            start += bucket
-        return batches
 
     def _unpack(self, slot: int, delta: np.ndarray, packed: np.ndarray, version: int) -> Sampled:
         """One row of `_decode`'s packed result; records what the slot's cache now holds."""
@@ -468,6 +486,10 @@ class DecodeEngine:
         stats.decode_steps += max(lengths, default=0)
         stats.seconds += seconds
         stats.host_seconds += seconds - waited
+
+
+def _splits_rows(mesh: Mesh | None) -> bool:
+    return mesh is not None and any(mesh.shape.get(axis, 1) > 1 for axis in RULES["batch"])
 
 
 def compiled_functions(model_config: ModelConfig, config: EngineConfig, mesh: Mesh | None = None) -> Compiled:

@@ -13,8 +13,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rome.models import KVCache, ModelConfig, extend, init_cache
+from rome.models.cache import pick_rows
+from rome.models.paged import PagedCache, Paging, init_paged_cache
 from rome.models.sharding import Mesh, NamedSharding, on_mesh, partition
 from rome.rollout.sampling import sample_tokens
 
@@ -31,20 +34,43 @@ class Finish(StrEnum):
 class DecodeState:
     """What a cohort's slots hold on the device: the cache, and the logits float32[B, V] of each slot's next token."""
 
-    cache: KVCache
+    cache: KVCache | PagedCache
     logits: jax.Array
 
 
-def empty_state(model_config: ModelConfig, rows: int, max_length: int, record_experts: bool = False) -> DecodeState:
-    """`rows` slots without tokens, with room for `max_length` each."""
-    cache = init_cache(model_config, rows, max_length, record_experts)
+def empty_state(
+    model_config: ModelConfig,
+    rows: int,
+    max_length: int,
+    record_experts: bool = False,
+    paging: Paging | None = None,
+) -> DecodeState:
+    """`rows` slots without tokens, with room for `max_length` each; with `paging` in pages, of which they have none."""
+    if paging is None:
+        cache = init_cache(model_config, rows, max_length, record_experts)
+    else:
+        cache = init_paged_cache(model_config, rows, max_length, paging, record_experts)
     return DecodeState(cache, jnp.zeros((rows, model_config.vocab_size), jnp.float32))
 
 
 def slot_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Where a decode state lies: slots are split as rows are, heads and vocabulary over ``tensor``."""
-    by_rank = {1: ("batch",), 2: ("batch", "vocab"), 3: ("batch",), 4: ("batch", "kv_heads")}
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(by_rank[leaf.ndim], mesh)), state)
+
+    def place(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, partition(axes, mesh))
+
+    return DecodeState(state.cache.shardings(place), place("batch", "vocab"))
+
+
+def lend_pool(state: DecodeState, borrower: DecodeState) -> tuple[DecodeState, DecodeState]:
+    """Both with the pool of pages at the second (see `PagedCache.lend`)."""
+    without, with_pool = state.cache.lend(borrower.cache)
+    return state.replace(cache=without), borrower.replace(cache=with_pool)
+
+
+def with_table(state: DecodeState, table: np.ndarray) -> DecodeState:
+    """The state of a paged cache, with another table. It is copied: a dispatched program may read it late."""
+    return state.replace(cache=state.cache.replace(table=table.copy()))
 
 
 class Compiled:
@@ -84,14 +110,13 @@ def append(
     return DecodeState(cache, jnp.where(counts[:, None] > 0, logits, state.logits))
 
 
-def share(mesh: Mesh | None, state: DecodeState, prompts: DecodeState, source: jax.Array) -> DecodeState:
-    """Slot b becomes a copy of row source[b] of `prompts`, where source int32[B] is not −1."""
-
-    def pick(held: jax.Array, given: jax.Array) -> jax.Array:
-        chosen = (source >= 0).reshape(-1, *[1] * (held.ndim - 1))
-        return jnp.where(chosen, given[jnp.maximum(source, 0)], held)
-
-    shared = jax.tree.map(pick, state, prompts)
+def share(
+    mesh: Mesh | None, state: DecodeState, prompts: DecodeState, source: jax.Array, *copies: jax.Array
+) -> DecodeState:
+    """Slot b starts from row source[b] of `prompts`, where source int32[B] is not −1; `copies`: of a paged cache, which
+    pages are copied (`PagedCache.start_from`)."""
+    cache = state.cache.start_from(prompts.cache, source, *copies)
+    shared = DecodeState(cache, pick_rows(source, state.logits, prompts.logits))
     return shared if mesh is None else jax.lax.with_sharding_constraint(shared, slot_shardings(state, mesh))
 
 
@@ -143,9 +168,11 @@ def _decode(
 
 
 @jax.jit
-def row_of(experts: tuple[jax.Array, ...], row: jax.Array) -> jax.Array:
-    """Of int16[B, max_length, k] a layer: int16[max_length, layers, k] of one row."""
-    return jnp.stack([layer[row] for layer in experts], axis=1)
+def row_of(experts: tuple[jax.Array, ...], where: jax.Array) -> jax.Array:
+    """Of int16[B, max_length, k] a layer: int16[max_length, layers, k] of one row. Of pages int16[P, n, k] a layer: the
+    same of those at `where` int32[C], in that order."""
+    rows = [layer.at[where].get(mode="clip") for layer in experts]
+    return jnp.stack([row.reshape(-1, row.shape[-1]) for row in rows], axis=1)
 
 
 def bits(values: jax.Array) -> jax.Array:

@@ -259,13 +259,17 @@ class RolloutRunner:
         return [episode for episode in episodes if episode is not None and episode.job is None]
 
     def turn(self, cohort: int, temperature: float | None = None) -> None:
-        """Decodes one chunk for every ready trajectory of the cohort and sends the chunks to the environments."""
-        episodes = self.ready(cohort)
-        if not episodes:
-            return
+        """Decodes one chunk for every ready trajectory of the cohort and sends the chunks to the environments.
+
+        Where the engine's pages are scarce, some or all of them stay ready for a later turn.
+        """
         started, deadlines = time.monotonic(), self.config.deadlines
         # asserts that what the engine holds is an exact prefix of what it is fed
-        deltas = {e.slot: e.ledger.delta(self.engine.processed(e.slot)) for e in episodes}
+        deltas = {e.slot: e.ledger.delta(self.engine.processed(e.slot)) for e in self.ready(cohort)}
+        deltas = self.engine.affordable(cohort, deltas)
+        episodes = [self._slots[slot] for slot in deltas]
+        if not episodes:
+            return
         sampled = self.engine.generate(cohort, deltas, temperature)
         seconds = time.monotonic() - started
         if (trace := self.trace) is not None:  # another thread may take it away

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from rome.ipa import PolicyBatch, Totals
 from rome.models import ModelConfig, count_params, param_specs
 from rome.models.lora import Adapted, adapter_specs, trained
+from rome.models.paged import Paging
 from rome.models.params import is_spec
 from rome.models.sharding import batch_shardings, param_shardings, replicated
 from rome.rollout.engine import compiled_functions
@@ -108,11 +109,14 @@ def rollout_programs(settings: RunSettings, mesh: Mesh) -> list[Program]:
     rows, bucket = engine.slots_per_cohort, engine.extend_buckets[-1]
     params = abstract_params(specs, mesh)
 
-    def empty(rows: int) -> DecodeState:
-        state = jax.eval_shape(lambda: empty_state(model, rows, engine.max_length, engine.record_experts))
+    def empty(rows: int, paging: Paging | None) -> DecodeState:
+        state = jax.eval_shape(lambda: empty_state(model, rows, engine.max_length, engine.record_experts, paging))
         return _placed(state, slot_shardings(state, mesh))
 
-    state, prompts = empty(rows), empty(min(engine.prompt_rows, rows))
+    paging = engine.paging
+    # prompts have no pages of their own
+    prompts = empty(min(engine.prompt_rows, rows), paging and paging._replace(pages=0))
+    state = empty(rows, paging)
     functions = compiled_functions(model, engine, mesh)
 
     def slots(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

@@ -309,6 +309,11 @@ class RunSettings:
         for name, mesh in self.mesh.rollouts.items():
             _multiple("engine slots a cohort", self.engine.slots_per_cohort, name, mesh.row_shards)
             _multiple("engine.prompt_rows", prompts, name, mesh.row_shards)
+        if self.engine.page_size and (self.mesh.multiplex or self.mesh.rollout.row_shards > 1):
+            raise ValueError(
+                "engine.page_size: expected 0 with mesh.multiplex, or a mesh.rollout that splits slots (data, fsdp, "
+                f"expert), found {self.engine.page_size}"
+            )
         if self.mesh.multiplex and (self.rollout.async_ratio <= 0 or self.rollout.hosts):
             raise ValueError(
                 "mesh.multiplex: expected rollout.async_ratio > 0 (rollouts go on while training has its devices) and "
@@ -355,6 +360,7 @@ class RunSettings:
             "mesh.rollout's devices": (self.mesh.rollout.size, 1),
             "resampling.fraction": (self.resampling.fraction, 0),
             "engine.record_experts": (self.engine.record_experts, False),
+            "engine.page_size": (self.engine.page_size, 0),
             "reward": ("the verifier's alone" if self.reward.is_verifier_alone else "a mix", "the verifier's alone"),
             "model.pretrained": (self.model.get("pretrained"), None),
         }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rome.models import KVCache, ModelConfig, extend, forward, init_cache, init_params, token_log_probs, unstack_layers
+from rome.models.paged import Paging, init_paged_cache
 
 DENSE = ModelConfig(
     vocab_size=50,
@@ -164,6 +165,28 @@ def test_decoding_in_a_jitted_loop_updates_the_cache_in_place():
     _, looped, _, out = decode(cache, start)
     np.testing.assert_array_equal(out, np.stack(expected))
     np.testing.assert_array_equal(looped.length, single.length)
+
+
+def test_decoding_in_a_jitted_loop_updates_the_pages_in_place():
+    """The compiled loop copies no pool, although a loop inside it reads what it writes."""
+    params = make_params(DENSE, 3)
+    slots, room, paging = 4, 512, Paging(16, 128)
+
+    @partial(jax.jit, donate_argnums=0)
+    def decode(cache, token):
+        layers = unstack_layers(params, DENSE)
+
+        def body(state):
+            index, cache, token = state
+            logits, cache = extend(layers, DENSE, cache, token[:, None], jnp.ones_like(token))
+            return index + 1, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        return jax.lax.while_loop(lambda state: state[0] < 6, body, (0, cache, token))
+
+    cache = jax.eval_shape(lambda: init_paged_cache(DENSE, slots, room, paging))
+    compiled = decode.lower(cache, jax.ShapeDtypeStruct((slots,), jnp.int32)).compile()
+    one_layer = slots * DENSE.num_kv_heads * room * DENSE.head_dim * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < one_layer * DENSE.num_layers
 
 
 def test_extend_compiles_once_per_shape():

@@ -93,8 +93,17 @@ def test_every_dispatch_reads_quantised_experts(dispatch):
 
 
 def sampled(config, precision, params=None, slots=4):
-    """What an engine of `config` sampled for the same prompts: [(all tokens, the chunk)]."""
-    settings = EngineConfig(slots, 1, ROW, (8,), max_chunk_tokens=24, record_experts=config.is_moe, precision=precision)
+    """What an engine of `config`, whose cache is in pages, sampled for the same prompts: [(all tokens, the chunk)]."""
+    settings = EngineConfig(
+        slots,
+        1,
+        ROW,
+        (8,),
+        max_chunk_tokens=24,
+        record_experts=config.is_moe,
+        precision=precision,
+        page_size=5,
+    )
     engine = DecodeEngine(params or sharp_params(config), config, settings, frozenset({1}), 0)
     prompts = {slot: np.arange(15 + slot, 20 + slot, dtype=np.int32) for slot in range(slots)}
     for slot in range(slots):

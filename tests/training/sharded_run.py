@@ -117,14 +117,22 @@ def restored_elsewhere(saved: Any, config: MeshConfig) -> Any:
     return {"state": jax.device_get(state), "placed": all(jax.tree.leaves(same)), "memory": memory_kinds(state)}
 
 
-def decode(config: MeshConfig) -> dict[int, Any]:
+def decode(config: MeshConfig, page_size: int = 0) -> dict[int, Any]:
     """Greedy chunks of four slots with prompts of their own."""
-    mesh, params = make_mesh(config), params_of(DENSE)
+    mesh, params = make_mesh(config, jax.devices()[: config.size]), params_of(DENSE)
     model = dataclasses.replace(DENSE, num_heads=4, num_kv_heads=2)
     params = params_of(model)
     if mesh is not None:
         params = jax.device_put(params, param_shardings(param_specs(model), mesh))
-    settings = EngineConfig(slots=4, cohorts=1, max_length=24, extend_buckets=(8,), max_chunk_tokens=6, temperature=0)
+    settings = EngineConfig(
+        slots=4,
+        cohorts=1,
+        max_length=24,
+        extend_buckets=(8,),
+        max_chunk_tokens=6,
+        temperature=0,
+        page_size=page_size,
+    )
     engine = DecodeEngine(params, model, settings, frozenset({1}), 0, meshes=(mesh,))
     for slot in range(4):
         engine.insert(slot, seed=slot)
@@ -150,7 +158,9 @@ def main(path: str) -> None:
         "runs": runs,
         "restored": restored_elsewhere(saved, MESHES["data × tensor"]),
         "decoded": {
-            name: decode(c) for name, c in {"one": MeshConfig(), "eight": MeshConfig(data=4, tensor=2)}.items()
+            "one": decode(MeshConfig()),
+            "eight": decode(MeshConfig(data=4, tensor=2)),
+            "two, in pages": decode(MeshConfig(tensor=2), page_size=5),
         },
     }
     Path(path).write_bytes(pickle.dumps(found))
