@@ -9,6 +9,7 @@ from rock_env.hub.remote import RemoteHub
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 _EXAMPLES, _EXAMPLES_WITHOUT_BODY = 25, 10  # for each operation
+_NOT_AS_DOCUMENTED = 8  # of those that have a body
 
 
 def test_no_generated_request_gets_a_500(admin, tmp_path):
@@ -25,7 +26,7 @@ def test_no_generated_request_gets_a_500(admin, tmp_path):
     session.trust_env = False
     session.headers["Authorization"] = f"Bearer {user.token}"
     documents = {p: session.get(f"{admin.url}{p}/openapi.json", timeout=60).json() for p in ("", SANDBOX_PREFIX)}
-    statuses = {}
+    statuses, modes = {}, schemathesis.GenerationMode
 
     def fixed(operation, prefix):
         """Parameters that every request of an operation has: what leads beyond the first check."""
@@ -38,7 +39,7 @@ def test_no_generated_request_gets_a_500(admin, tmp_path):
             values["query"] = {"sandbox_id": box.id}
         return values
 
-    def attack(operation, prefix):
+    def attack(operation, prefix, mode, examples):
         """A test of one operation, for hypothesis to run."""
         verb = operation.path.rpartition("/")[2]
 
@@ -59,17 +60,20 @@ def test_no_generated_request_gets_a_500(admin, tmp_path):
             assert response.status_code not in range(500, 503), (operation.path, case, response.text)
 
         return settings(
-            max_examples=_EXAMPLES if operation.body else _EXAMPLES_WITHOUT_BODY,
+            max_examples=examples,
             deadline=None,
             derandomize=True,
             database=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
-        )(given(case=operation.as_strategy(**fixed(operation, prefix)))(send))
+        )(given(case=operation.as_strategy(generation_mode=mode, **fixed(operation, prefix)))(send))
 
     for prefix, document in documents.items():
         for result in schemathesis.openapi.from_dict(document).get_all_operations():
-            attack(result.ok(), prefix)()
+            operation = result.ok()
+            attack(operation, prefix, modes.POSITIVE, _EXAMPLES if operation.body else _EXAMPLES_WITHOUT_BODY)()
+            if operation.body:
+                attack(operation, prefix, modes.NEGATIVE, _NOT_AS_DOCUMENTED)()
     assert sum(len(paths) for paths in statuses.values()) > 300
     assert {200, 422} <= set(statuses)
     assert "/execute" in statuses[200]  # of the peer's API
