@@ -74,16 +74,10 @@ def play(sides: dict[str, Side], prompts: list[np.ndarray]) -> None:
         side.peak = share * side.megabytes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=[*CASES], metavar="CASE")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - CASES.keys():
-        parser.error(f"expected some of {[*CASES]}, found {sorted(unknown)}")
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def measure(cases: list[str], rounds: int) -> None:
+    """One table for each case."""
     keep_freed_memory()
-    for case in arguments.cases:
+    for case in cases:
         model, slots, max_length, lengths, sizes = CASES[case]
         params, sides = init_params(model, jax.random.key(0)), {}
         for size in (0, *sizes):
@@ -97,7 +91,7 @@ def main() -> None:
                 temperature=0.0,
                 page_size=size,
             )
-            never = frozenset([model.vocab_size - 1])  # a token that is not sampled, as the turns' lengths show
+            never = frozenset([model.vocab_size - 1])  # not sampled, as the number of tokens shows
             side = Side(DecodeEngine(params, model, settings, never, 0))
             side.engine.warmup()
             sides[f"pages of {size}" if size else "rows"] = side
@@ -112,7 +106,7 @@ def main() -> None:
             prompts = [rng.integers(2, 1000, length).astype(np.int32) for _ in range(slots // GROUP)]
             for side in sides.values():
                 side.first, side.later = [], []
-            for _ in range(arguments.rounds):
+            for _ in range(rounds):
                 play(sides, prompts)
             for name, side in sides.items():
                 ratios = [mine / theirs for mine, theirs in zip(side.later, rows.later, strict=True)]
@@ -124,6 +118,17 @@ def main() -> None:
                     f"| {spread} | {same} of {len(rows.said)} |",
                     flush=True,
                 )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=[*CASES], metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - CASES.keys():
+        parser.error(f"expected some of {[*CASES]}, found {sorted(unknown)}")
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    measure(arguments.cases, arguments.rounds)
 
 
 if __name__ == "__main__":
