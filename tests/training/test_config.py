@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 from ml_collections import ConfigDict
 
+from rome.models.paged import Paging
 from rome.models.sharding import MeshConfig
 from rome.training.config import (
     ConfigError,
@@ -280,11 +281,31 @@ EIGHT = {"data": 8}
             r"engine slots a cohort: expected a multiple of 6 \(the ways in which mesh\.rollout without mesh\.train",
         ),
         ({"engine": {"prompt_rows": 4}}, r"engine\.prompt_rows: expected a multiple of 8 .*mesh\.rollout splits"),
+        ({"engine": {"page_size": 16}}, r"engine\.page_size: expected 0 with mesh\.multiplex"),
     ],
 )
 def test_multiplexing_needs_devices_to_lend_and_rollouts_that_go_on(changes, message):
     config = multiplexed()
     assert load_settings(config).mesh.narrow == MeshConfig(data=4)
+    with config.unlocked():
+        for section, values in changes.items():
+            config[section].update(values)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"rollout": {"data": 2}}}, r"engine\.page_size: expected 0 .*a mesh\.rollout that splits slots"),
+        ({"rollout": {"agent": "native"}}, r"engine\.page_size: expected 0 with rollout\.agent = 'native', found 16"),
+        ({"engine": {"pages": 30}}, r"pages: expected 0, or a multiple of cohorts of at least 32"),
+    ],
+)
+def test_pages_where_there_can_be_none_are_refused(changes, message):
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "rome_tiny.py"))["get_config"]()
+    config.engine.update(page_size=16, pages=64)
+    assert load_settings(config).engine.paging == Paging(16, 32)
     with config.unlocked():
         for section, values in changes.items():
             config[section].update(values)
