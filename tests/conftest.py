@@ -1,14 +1,40 @@
-"""For all tests: audit logs lie where pytest keeps temporary files, and Docker is a daemon of the tests' own."""
+"""For all tests: what XLA compiles is kept for the session, audit logs lie where pytest keeps temporary files, and
+Docker is a daemon of the tests' own."""
 
 import os
+import shutil
+import tempfile
 import warnings
 
 import pytest
+
+# Many tests compile what another one has compiled, in this process or in one that it starts: XLA's cache on disk, in a
+# folder of this session. Set before anything imports JAX, and inherited by xdist's workers and by every child.
+_COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rome-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure():
+    if _COMPILED:
+        shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _audit_directory(tmp_path_factory):
     os.environ.setdefault("ROCK_AUDIT_DIR", str(tmp_path_factory.mktemp("audit")))
+
+
+@pytest.fixture(scope="session")
+def sandboxes():
+    """What `doctor` says of this machine, which can run sandboxes: without that, the test is skipped."""
+    from rock_env import doctor
+
+    report = doctor()
+    if not report["backend"]["ok"]:
+        pytest.skip(report["backend"]["how"])
+    return report
 
 
 @pytest.fixture(scope="session")
