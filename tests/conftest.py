@@ -1,5 +1,5 @@
-"""For all tests: what XLA compiles is kept for the session, audit logs lie where pytest keeps temporary files, and
-Docker is a daemon of the tests' own."""
+"""For all tests: XLA compiles fast and only once, audit logs lie where pytest keeps temporary files, and Docker is a
+daemon of the tests' own."""
 
 import os
 import shutil
@@ -8,12 +8,25 @@ import warnings
 
 import pytest
 
-# Many tests compile what another one has compiled, in this process or in one that it starts: XLA's cache on disk, in a
-# folder of this session. Set before anything imports JAX, and inherited by xdist's workers and by every child.
+# Tests compile much and compute little, and often what another one has compiled, in this process or in one that it
+# starts: without LLVM's dear passes, and with XLA's cache on disk, in a folder of this session. Set before anything
+# imports JAX, and inherited by xdist's workers and by every child. (Whole runs compile as users' do: training_run.py.)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 _COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rome-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the files that hold the most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker of xdist begins one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_unconfigure():
