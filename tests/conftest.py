@@ -10,7 +10,7 @@ import pytest
 
 # Tests compile much and compute little, and often what another one has compiled, in this process or in one that it
 # starts: without LLVM's dear passes, and with XLA's cache on disk, in a folder of this session. Set before anything
-# imports JAX, and inherited by xdist's workers and by every child. (Whole runs compile as users' do: training_run.py.)
+# imports JAX; inherited by the workers of xdist and by every child. (test_ipa_train.py compiles as users do.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 _COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

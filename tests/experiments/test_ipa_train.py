@@ -16,8 +16,15 @@ from rome.trajectory import load_trajectories
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandboxes"), pytest.mark.timeout(1200)]
 
 
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_as_users_have_it():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(_compiled_as_users_have_it, tmp_path_factory):
     """An uninterrupted run, which leaves nothing behind but its directory."""
     with Run(tmp_path_factory.mktemp("reference") / "run", "--config.tensorboard=true") as run:
         run.halt(has_record(run, "cpt", 1))

@@ -16,7 +16,7 @@ import tokenizers
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from training_run import AS_USERS_HAVE_IT, records
+from training_run import records
 
 from rome.envs import draft_task, expert_actions
 from rome.models import ConfigError as ModelConfigError
@@ -80,11 +80,7 @@ def published(tmp_path_factory) -> Path:
 def command(script: str, *arguments: str) -> str:
     """Runs a script, which has to succeed; gives what it printed."""
     done = subprocess.run(
-        [sys.executable, str(EXPERIMENTS / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        env=AS_USERS_HAVE_IT,
+        [sys.executable, str(EXPERIMENTS / script), *arguments], capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

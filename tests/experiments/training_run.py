@@ -21,10 +21,6 @@ _COMMAND = [sys.executable, str(HERE.parents[1] / "experiments" / "ipa_train.py"
 _DEADLINE = 280.0  # seconds of one run; on an idle machine it takes about ten
 
 
-# As tests have it, but compiled as users' runs are.
-AS_USERS_HAVE_IT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
-
-
 class Run:
     """One process that trains in `workdir`; it ends with its `with` block, whatever happens there.
 
@@ -47,7 +43,7 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**AS_USERS_HAVE_IT, **(environment or {})},
+                env={**os.environ, **(environment or {})},
                 start_new_session=True,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
             )
