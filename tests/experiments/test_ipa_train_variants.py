@@ -14,18 +14,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandboxes"), pytest.mar
 
 
 def test_resampling_from_prefixes_resumes_exactly(tmp_path):
-    """Half of the groups start from an expert's prefix, and who fails there imitates: killed between two batches."""
+    """Half of the groups start from an expert's prefix, and who fails there imitates.
+
+    The run halts once between two batches; a copy of what a kill would have left there ends as the run itself does."""
     arguments = ["--config.resampling.fraction=0.5", "--config.ipa.imitation=fallback"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished(whole, *arguments)
+    with Run(whole, *arguments) as run:
+        run.halt(has_record(run, "ipa", 3))  # the checkpoint before it is step 2's
+        shutil.copytree(whole, killed)
+        run.go_on()
     ipa = records(whole, "ipa")
     assert [record["resampling/groups"] for record in ipa] == [1.0] * 4
     assert any(record["resampling/imitated"] > 0 for record in ipa)
     assert [record["compile/programs"] for record in ipa] == [0.0] * 4
-
-    with Run(killed, *arguments) as run:
-        run.halt(has_record(run, "ipa", 3))  # the checkpoint before it is step 2's
-        run.go_on(signal.SIGKILL)
     assert "continuing at ipa step 2" in finished(killed, *arguments)
     assert records(killed) == records(whole)
 
@@ -52,7 +53,7 @@ def test_asynchronous_run_ends_and_resumes(tmp_path):
 
 
 def test_an_agent_that_is_a_program_is_trained_and_resumes_exactly(tmp_path):
-    """The whole run halts once; a copy of what a kill would have left there ends as the run itself does."""
+    """Halted and copied as above."""
     arguments = ["--config.rollout.agent=native", "--config.rl.steps=3", "--config.checkpoint.every=1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with Run(whole, *arguments) as run:
