@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from processes import descendants, still_there
+
 _PROGRAMS = ("dockerd", "containerd", "runc", "iptables", "ip", "unshare", "setpriv")
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _START_SECONDS = 60.0
@@ -102,33 +104,19 @@ class DockerDaemon:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            for pid, started in mine.items():  # containerd and its shims, where the daemon did not take them with it
-                if _start_time(pid) == started:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            for pid in still_there(mine):  # containerd and its shims, where the daemon did not take them with it
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _stat(pid: int) -> list[str] | None:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _start_time(pid: int) -> str | None:
-    fields = _stat(pid)
-    return fields[19] if fields else None
-
-
-def _family(root: int, directory: str) -> dict[int, str | None]:
+def _family(root: int, directory: str) -> dict[int, str]:
     """{pid: start time} of a daemon's processes: what it has started, and orphans that work in its directory."""
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    parents = {pid: int(fields[1]) for pid in pids if (fields := _stat(pid))}
-    found = {root, *(pid for pid in pids if directory.encode() in _arguments(pid))} - {os.getpid()}
-    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= grown
-    return {pid: _start_time(pid) for pid in found - {root}}
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    orphans = {pid for pid in pids if directory.encode() in _arguments(pid)} - {os.getpid()}
+    found = descendants(root, *orphans)
+    found.pop(root, None)
+    return found
 
 
 def _arguments(pid: int) -> bytes:

@@ -336,7 +336,8 @@ class Run:
         if done % s.checkpoint.every == 0 or done == s.rl.steps:
             source.stop()
             self._save("ipa", done, state, source)
-            write_report(self.directory)
+            if done < s.rl.steps:  # else the last evaluation's report comes at once
+                write_report(self.directory)
 
     def _evaluate(
         self, runner: RolloutRunner, name: str, step: int, tasks: int, held_out: bool = False

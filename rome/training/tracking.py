@@ -17,16 +17,18 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 from rome.files import atomic_write
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 _STAGE = re.compile(r"[A-Za-z0-9_.-]+")
 _RESERVED = ("step", "stage", "time")
@@ -169,6 +171,8 @@ class MetricsWriter:
             return
         stage = record["stage"]
         if stage not in self._boards:  # one event folder a stage: stages count their own steps
+            from tensorboardX import SummaryWriter  # it imports torch where there is one: a second of every start
+
             self._boards[stage] = SummaryWriter(str(self.directory / "tensorboard" / stage), flush_secs=10)
         for name, value in record.items():
             if name not in _RESERVED and value is not None:

@@ -6,21 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from rock_env import doctor
 from rome.data import Episode, collect_episodes, fixed_tasks, relabel, relabelling, tokenize_episodes
 from rome.envs import FAMILIES, EnvFailure, TerminalEnv, draft_task, expert_actions
 from rome.envs.families.words import WORDS
 from rome.models import ChatRenderer, train_tokenizer
 from rome.trajectory import Status
 
+pytestmark = pytest.mark.usefixtures("sandboxes")
 SPECS = fixed_tasks(FAMILIES, (2, 3, 5), 36, first_seed=4_000_000_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _machine():
-    report = doctor()
-    if not report["backend"]["ok"]:
-        pytest.skip(report["backend"]["how"])
 
 
 def _collect(workers, flawed=0.5, seed=3, **changes):

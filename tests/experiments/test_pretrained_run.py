@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,8 +16,8 @@ import tokenizers
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from training_run import records
 
-from rock_env import doctor
 from rome.envs import draft_task, expert_actions
 from rome.models import ConfigError as ModelConfigError
 from rome.models import PretrainedTokenizer, TokenizerError, forward
@@ -80,39 +77,20 @@ def published(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def command(tmp_path_factory) -> Callable[..., str]:
-    """Runs a script, which has to succeed; gives what it printed. The processes share what they compile."""
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return partial(_command, environment)
-
-
-def _command(environment: dict[str, str], script: str, *arguments: str) -> str:
+def command(script: str, *arguments: str) -> str:
+    """Runs a script, which has to succeed; gives what it printed."""
     done = subprocess.run(
-        [sys.executable, str(EXPERIMENTS / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        env=environment,
+        [sys.executable, str(EXPERIMENTS / script), *arguments], capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="session")
-def run(published, command, tmp_path_factory) -> Path:
-    report = doctor()
-    if not report["backend"]["ok"]:
-        pytest.skip(report["backend"]["how"])
+def run(sandboxes, published, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("pretrained") / "run"
     command("ipa_train.py", CONFIG, f"--config.model.pretrained={published}", f"--workdir={workdir}")
     return workdir
-
-
-def records(workdir: Path, stage: str) -> list[dict[str, float]]:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
 
 @pytest.mark.slow
@@ -153,7 +131,7 @@ def test_its_first_checkpoint_is_the_published_model_bit_for_bit(run, published,
 
 
 @pytest.mark.slow
-def test_its_last_checkpoint_is_a_folder_that_transformers_reads(run, published, command, tmp_path):
+def test_its_last_checkpoint_is_a_folder_that_transformers_reads(run, published, tmp_path):
     folder = tmp_path / "exported"
     printed = command("export.py", f"--run={run}", f"--to={folder}")
     newest = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
@@ -178,7 +156,7 @@ def test_its_last_checkpoint_is_a_folder_that_transformers_reads(run, published,
 
 
 @pytest.mark.slow
-def test_it_continues_without_the_folder_it_started_from(run, command, tmp_path):
+def test_it_continues_without_the_folder_it_started_from(run, tmp_path):
     """A copy of the run whose config names a folder that is not there, and whose last checkpoint is gone."""
     source, workdir = tmp_path / "model", tmp_path / "run"
     shutil.copytree(run, workdir)

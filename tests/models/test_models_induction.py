@@ -1,6 +1,7 @@
 """The structured start: the circuit is there, and nothing else has changed."""
 
 import dataclasses
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,16 @@ CONFIG = ModelConfig(
 MOE = dataclasses.replace(CONFIG, num_experts=4, num_experts_per_token=2, moe_intermediate_size=32)
 
 
-def _start(config, seed=0):
-    params = init_params(config, jax.random.key(seed))
-    return params, init_induction(params, config, jax.random.key(seed + 1))
+induction = jax.jit(init_induction, static_argnums=1)
 
 
+@cache
+def _start(config):
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    return params, induction(params, config, jax.random.key(1))
+
+
+@partial(jax.jit, static_argnums=1)
 def _first_layer_attention(params, config, tokens):
     """float32[B, H, T, T] of layer 0, from the definition."""
     layer = {name: leaf[0] for name, leaf in params["layers"].items()}
@@ -42,7 +48,7 @@ def _first_layer_attention(params, config, tokens):
     k = jnp.repeat(k, config.num_heads // config.num_kv_heads, axis=1)
     scores = jnp.matmul(q, jnp.swapaxes(k, -1, -2))
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores * config.head_dim**-0.5, -jnp.inf)
-    return np.asarray(jax.nn.softmax(scores, axis=-1))
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def test_the_first_heads_look_one_token_back():
@@ -50,11 +56,11 @@ def test_the_first_heads_look_one_token_back():
     tokens = jax.random.randint(jax.random.key(7), (4, 48), 0, CONFIG.vocab_size)
     group = CONFIG.num_heads // CONFIG.num_kv_heads
     back = np.arange(1, 48)
-    looks = _first_layer_attention(params, CONFIG, tokens)[:, :, back, back - 1]
+    looks = np.asarray(_first_layer_attention(params, CONFIG, tokens))[:, :, back, back - 1]
     assert looks[:, :group].mean() > 0.5
     assert np.median(looks[:, :group]) > 0.5
     assert looks[:, group:].mean() < 0.15  # the other heads start as ever
-    assert _first_layer_attention(plain, CONFIG, tokens)[:, :, back, back - 1].mean() < 0.15
+    assert np.asarray(_first_layer_attention(plain, CONFIG, tokens))[:, :, back, back - 1].mean() < 0.15
 
 
 @pytest.mark.parametrize("config", [CONFIG, MOE], ids=["dense", "moe"])
@@ -82,8 +88,8 @@ def test_the_start_is_as_undecided_as_a_random_one(config):
 )
 def test_shapes_and_dtypes_stay_and_the_start_is_deterministic(config):
     plain, params = _start(config)
-    again = init_induction(plain, config, jax.random.key(1))
-    other = init_induction(plain, config, jax.random.key(2))
+    again = induction(plain, config, jax.random.key(1))
+    other = induction(plain, config, jax.random.key(2))
     assert jax.tree.structure(plain) == jax.tree.structure(params)
     for before, after, same in zip(*map(jax.tree.leaves, (plain, params, again)), strict=True):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)

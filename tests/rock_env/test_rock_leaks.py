@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from footprint import Footprint
+from processes import descendants, stat
 from waiting import wait_until
 
 import rock_env
@@ -26,52 +28,12 @@ from rock_env import *
 """
 
 
-def _stat(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _descendants(root):
-    parents = {int(p.name): int(s[1]) for p in Path("/proc").iterdir() if p.name.isdigit() and (s := _stat(p.name))}
-    found = {root}
-    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= grown
-    return {pid: _stat(pid)[19] for pid in found if _stat(pid)}
-
-
-class Footprint:
-    """Everything on the host that belongs to one supervisor, to be checked for after its end."""
-
-    def __init__(self, keeper):
-        self.mark = f"-{keeper}-"
-        self.processes = _descendants(keeper)
-        self.keeper = keeper
-
-    def what_is_left(self):
-        left = [f"process {pid}" for pid, start in self.processes.items() if (s := _stat(pid)) and s[19] == start]
-        left += [f"folder {p}" for p in Path(rock_env.client.state_directory()).iterdir() if self.mark in p.name]
-        for directory in cgroups.Hierarchies.detect().directories():
-            left += [
-                f"cgroup {p}" for p in Path(directory).iterdir() if p.name.startswith("rock-") and self.mark in p.name
-            ]
-        left += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if self.mark in line]
-        return left
-
-    def assert_gone(self, seconds=60.0):
-        deadline = time.monotonic() + seconds
-        while (left := self.what_is_left()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert left == []
-
-
 def _client(body, **kwargs):
     process = subprocess.Popen(
         [sys.executable, "-c", _PROLOGUE + body], stdout=subprocess.PIPE, text=True, start_new_session=True, **kwargs
     )
     keeper = int(process.stdout.readline())
-    footprint = Footprint(keeper)
+    footprint = Footprint(keeper, keeper)
     assert len(footprint.processes) > 3
     assert footprint.what_is_left()
     return process, footprint
@@ -88,7 +50,7 @@ print(get_backend("bubblewrap").supervisor().keeper_pid, flush=True)
 
 def test_a_stop_leaves_nothing_of_a_sandbox(fresh):
     supervisor = get_backend("bubblewrap").supervisor()
-    before = set(_descendants(supervisor.keeper_pid))
+    before = set(descendants(supervisor.keeper_pid))
     groups = {d: len(list(_groups(d))) for d in cgroups.Hierarchies.detect().directories()}
     descriptors = len(os.listdir(f"/proc/{_supervisor_pid(supervisor)}/fd"))
     for _ in range(5):
@@ -97,7 +59,7 @@ def test_a_stop_leaves_nothing_of_a_sandbox(fresh):
             sandbox.execute("sleep 300 & true")
             sandbox.snapshot().delete()
     # the kernel may still be about to hand over what was killed last
-    wait_until(lambda: set(_descendants(supervisor.keeper_pid)) == before, 60)
+    wait_until(lambda: set(descendants(supervisor.keeper_pid)) == before, 60)
     assert {d: len(list(_groups(d))) for d in groups} == groups
     assert len(os.listdir(f"/proc/{_supervisor_pid(supervisor)}/fd")) == descriptors
 
@@ -149,7 +111,7 @@ def test_a_killed_supervisor_ends_its_sandboxes_and_is_replaced(victim):
         id = backend.create(SandboxSpec())
         backend.run(id, "s", "sleep 300 &", 5, 1000)
         supervisor = backend.supervisor()
-        footprint = Footprint(supervisor.keeper_pid)
+        footprint = Footprint(supervisor.keeper_pid, supervisor.keeper_pid)
         inner = _supervisor_pid(supervisor)
         if victim in ("keeper", "both"):
             os.kill(supervisor.keeper_pid, signal.SIGKILL)
@@ -196,7 +158,7 @@ def test_the_end_of_a_sandbox_is_no_result_of_what_runs_in_it():
 
         def named(command):
             found = []
-            for pid in _descendants(backend.supervisor().keeper_pid):
+            for pid in descendants(backend.supervisor().keeper_pid):
                 with contextlib.suppress(OSError):
                     found += [pid] if Path(f"/proc/{pid}/cmdline").read_bytes() == command else []
             return found
@@ -318,8 +280,8 @@ def test_stale_remains_are_swept_but_not_those_of_the_living():
     try:
         backend.supervisor()
         namespace = os.stat("/proc/self/ns/pid").st_ino
-        wait_until(lambda: _stat(unreaped.pid)[0] == "Z")
-        started = _stat(unreaped.pid)[19]
+        wait_until(lambda: stat(unreaped.pid)[0] == "Z")
+        started = stat(unreaped.pid)[19]
         dead = subprocess.Popen(["true"])
         dead.wait()
         stale = [f"rock-{namespace}-{dead.pid}-1", f"rock-{namespace}-{unreaped.pid}-{started}"]

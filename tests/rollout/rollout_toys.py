@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from rome.models import ModelConfig, ParsedChunk, init_params
 from rome.rollout import DecodeEngine, EngineConfig, GroupRequest
+from rome.rollout.stream import Burst, StreamEngine
 from rome.trajectory import Task
 
 VOCAB = 64
@@ -77,6 +80,11 @@ def toy_task(name: str = "toy") -> ToyTask:
 
 def toy_requests(groups: int, size: int, seed: int = 0) -> list[GroupRequest]:
     return [GroupRequest(toy_task(f"t{g}"), f"g{g}", size, seed + g) for g in range(groups)]
+
+
+def endless_requests(size: int = 2) -> Iterator[GroupRequest]:
+    for index in itertools.count():
+        yield GroupRequest(toy_task(f"t{index}"), f"g{index}", size, index)
 
 
 @dataclass
@@ -163,6 +171,25 @@ def toy_engine(seed: int = 0, **changes: Any) -> DecodeEngine:
         **changes,
     }
     return DecodeEngine(toy_params(seed), MODEL, EngineConfig(**settings), ToyRenderer.stop_ids, pad_id=0)
+
+
+def finish_stream(engine: StreamEngine, slots: list[int]) -> dict[int, list[Burst]]:
+    """Advances until all of them are done: slot → bursts."""
+    bursts: dict[int, list[Burst]] = {slot: [] for slot in slots}
+    left = set(slots)
+    for _ in range(200):
+        for slot, burst in engine.advance().items():
+            bursts[slot].append(burst)
+            if burst.finish is not None:
+                left.discard(slot)
+                engine.free(slot)
+        if not left:
+            return bursts
+    raise AssertionError(f"slots {left} never ended")
+
+
+def joined(bursts: list[Burst], name: str) -> np.ndarray:
+    return np.concatenate([getattr(burst, name) for burst in bursts])
 
 
 def same_trajectory(a: Any, b: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rollout_toys import Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
+from rollout_toys import Journal, ToyEnv, ToyRenderer, endless_requests, toy_engine, toy_params, toy_requests
 from waiting import wait_until
 
 from rome.envs import EnvFailure
@@ -18,7 +18,6 @@ from rome.rollout import (
     BackgroundRollouts,
     BufferClosed,
     Deadlines,
-    GroupRequest,
     RolloutConfig,
     RolloutRunner,
     SampleBuffer,
@@ -26,11 +25,6 @@ from rome.rollout import (
 from rome.trajectory import Status
 
 WAIT = 60.0
-
-
-def endless(size=2):
-    for index in itertools.count():
-        yield GroupRequest(toy_task(f"t{index}"), f"g{index}", size, index)
 
 
 def make(journal=None, ratio=1.0, batch=2, requests=None, filter_groups=0, **config):
@@ -41,7 +35,7 @@ def make(journal=None, ratio=1.0, batch=2, requests=None, filter_groups=0, **con
     rollout = RolloutConfig(**{"env_threads": 4, "deadlines": deadlines, **config})
     runner = RolloutRunner(engine, ToyRenderer(), lambda: ToyEnv(journal), rollout)
     buffer = SampleBuffer(ratio, batch, filter_groups)
-    return BackgroundRollouts(runner, buffer, requests or endless()), buffer, runner, journal
+    return BackgroundRollouts(runner, buffer, requests or endless_requests()), buffer, runner, journal
 
 
 def test_a_trainer_is_fed_fresh_groups_while_weights_change():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_toys import MODEL
+from rollout_toys import MODEL, finish_stream, joined
 
 from rome.models import ChatRenderer, forward, init_params, train_tokenizer
 from rome.rollout.grammar import GrammarCompiler, GrammarError, GrammarUnavailable, json_grammar
@@ -93,33 +93,17 @@ def engine() -> StreamEngine:
     return StreamEngine(params, POLICY, StreamConfig(3, LENGTH, (16,)), CHAT.stop_ids, 0)
 
 
-def finish(engine: StreamEngine, slots: list[int]) -> dict[int, list]:
-    bursts: dict[int, list] = {slot: [] for slot in slots}
-    for _ in range(LENGTH * 2):
-        for slot, burst in engine.advance().items():
-            bursts[slot].append(burst)
-            if burst.finish is not None:
-                engine.free(slot)
-        if all(b and b[-1].finish for b in bursts.values()):
-            return bursts
-    raise AssertionError("they never ended")
-
-
-def joined(bursts: list, name: str) -> np.ndarray:
-    return np.concatenate([getattr(burst, name) for burst in bursts])
-
-
 def test_a_constrained_slot_goes_token_by_token_beside_free_ones(engine):
     prompt, (end, *_) = np.arange(20, 32, dtype=np.int32), sorted(CHAT.stop_ids)
     alone = engine.start(prompt, Sampling(5, 30))
-    expected = joined(finish(engine, [alone])[alone], "tokens")
+    expected = joined(finish_stream(engine, [alone])[alone], "tokens")
     compiled = engine.compilations
     slots = [
         engine.start(prompt, Sampling(5, 30)),
         engine.start(prompt, Sampling(6, 30), Alternating(end, 9)),
         engine.start(prompt, Sampling(7, 30), Broken(end, 9)),
     ]
-    bursts = finish(engine, slots)
+    bursts = finish_stream(engine, slots)
     free, strict, broken = (bursts[slot] for slot in slots)
     assert engine.compilations == compiled
     np.testing.assert_array_equal(joined(free, "tokens"), expected)
@@ -148,7 +132,7 @@ def test_a_forced_call_in_our_own_format_is_a_command_between_its_tokens(engine)
     prompt, said = np.array(CHAT.encode("go on"), np.int32), set()
     for seed in range(3):
         slot = engine.start(prompt, Sampling(seed, LENGTH, temperature=2.0), grammar.begin())
-        bursts = finish(engine, [slot])[slot]
+        bursts = finish_stream(engine, [slot])[slot]
         tokens = joined(bursts, "tokens")
         assert tokens[0] == TOKENIZER.special["<tool_call>"]
         assert not set(tokens[1:-1].tolist()) & set(TOKENIZER.special.values())

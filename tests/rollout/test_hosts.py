@@ -11,11 +11,20 @@ from pathlib import Path
 
 import jax
 import pytest
-from rollout_toys import MODEL, Journal, ToyEnv, ToyRenderer, toy_engine, toy_params, toy_requests, toy_task
+from rollout_toys import (
+    MODEL,
+    Journal,
+    ToyEnv,
+    ToyRenderer,
+    endless_requests,
+    toy_engine,
+    toy_params,
+    toy_requests,
+)
 from waiting import wait_until
 
 from rome.models.lora import Adapted, LoraConfig, adapt, merge
-from rome.rollout import Deadlines, GroupRequest, RolloutConfig, RolloutRunner, SampleBuffer
+from rome.rollout import Deadlines, RolloutConfig, RolloutRunner, SampleBuffer
 from rome.rollout.buffer import BufferClosed
 from rome.rollout.hosts import HostConfig, HostedRollouts, HostPool, HostsLost
 from rome.rollout.sync import AdapterMerger, update_of
@@ -104,11 +113,6 @@ def make_pool(folder, seconds=0.02, params=None, **config):
     return HostPool(make, params or toy_params(), 0, HostConfig(**settings))
 
 
-def endless(size=2):
-    for index in itertools.count():
-        yield GroupRequest(toy_task(f"t{index}"), f"g{index}", size, index)
-
-
 def buffer_at(pool, ratio):
     buffer = SampleBuffer(ratio, 2)
     buffer.set_version(pool.version)
@@ -142,7 +146,7 @@ def test_hosts_feed_the_trainer_under_weights_that_change_and_close_their_enviro
     pool, folder = pool
     buffer, trace, began = buffer_at(pool, 1.0), Trace(), time.monotonic()
     pool.trace = trace
-    with HostedRollouts(pool, buffer, endless()) as rollouts:
+    with HostedRollouts(pool, buffer, endless_requests()) as rollouts:
         groups = consume(buffer, 8, publish=pool.publish)
         # what happened there comes with the answers, on the clock of this process
         wait_until(lambda: {span.lane.partition(": ")[0] for span in trace.spans} == {"host 0", "host 1"})
@@ -178,7 +182,7 @@ def test_a_killed_host_loses_nothing_but_its_unfinished_work(pool):
     pool, _ = pool
     buffer, victim = buffer_at(pool, 2.0), pids(pool)[0]
     before = pool.stats
-    with HostedRollouts(pool, buffer, endless()) as rollouts:
+    with HostedRollouts(pool, buffer, endless_requests()) as rollouts:
         groups = consume(buffer, 2)
         wait_until(lambda: pool.seats[0].held)
         os.kill(victim, signal.SIGKILL)
@@ -197,7 +201,7 @@ def test_a_killed_host_loses_nothing_but_its_unfinished_work(pool):
 def test_a_hung_host_is_replaced(cluster, tmp_path):
     with make_pool(tmp_path, silent_seconds=8.0) as pool:
         buffer = buffer_at(pool, 1.0)
-        with HostedRollouts(pool, buffer, endless()) as rollouts:
+        with HostedRollouts(pool, buffer, endless_requests()) as rollouts:
             consume(buffer, 1)
             (tmp_path / "hang").touch()
             wait_until(lambda: pool.stats.lost_hosts == 1)
@@ -209,7 +213,7 @@ def test_a_host_that_got_new_weights_before_it_booted_ends_up_with_them(pool):
     pool, _ = pool
     buffer, lost, last = buffer_at(pool, 30.0), pool.stats.lost_hosts, pool.version + 2
     os.kill(pids(pool)[1], signal.SIGKILL)
-    with HostedRollouts(pool, buffer, endless()):
+    with HostedRollouts(pool, buffer, endless_requests()):
         wait_until(lambda: pool.stats.lost_hosts > lost)
         pool.publish(toy_params(1), last - 1)
         pool.publish(toy_params(0), last)
@@ -231,7 +235,7 @@ def test_adapters_travel_alone_and_reach_a_host_that_replaces_another(cluster, t
     with make_pool(tmp_path, seconds=0.0, params=start, hosts=1) as pool:
         pool.publish(update_of(later), 3)
         wait_until(lambda: versions(pool) == [3])
-        with HostedRollouts(pool, buffer_at(pool, 30.0), endless()):
+        with HostedRollouts(pool, buffer_at(pool, 30.0), endless_requests()):
             os.kill(pids(pool)[0], signal.SIGKILL)
             wait_until(lambda: pool.stats.lost_hosts == 1 and not pool.seats[0].booting)
         buffer = buffer_at(pool, 1.0)
@@ -244,7 +248,7 @@ def test_hosts_that_fail_again_and_again_end_the_run_with_the_reason(cluster, tm
     (tmp_path / "broken").touch()
     with make_pool(tmp_path, max_losses=2) as pool:
         buffer = buffer_at(pool, 1.0)
-        rollouts = HostedRollouts(pool, buffer, endless())
+        rollouts = HostedRollouts(pool, buffer, endless_requests())
         rollouts.start()
         with pytest.raises(BufferClosed) as caught:
             buffer.get_batch(2, 0, timeout=WAIT)

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from rock_env import doctor
 from rome.data import collect_episodes, fixed_tasks
 from rome.envs import TerminalEnv, draft_task
 from rome.ipa import ObjectiveConfig
@@ -23,7 +22,7 @@ from rome.training.policy import PolicySettings, PolicyTrainer
 from rome.training.state import OptimizerConfig, init_state, make_optimizer
 from rome.trajectory import Status
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = [pytest.mark.usefixtures("sandboxes"), pytest.mark.timeout(500)]
 LENGTH = 400
 
 # What an agent is made of, with nothing but the standard library. `MODE` chooses what else it does.
@@ -83,13 +82,6 @@ elif MODE == "greedy":
             print(error.code, error.read())
             break
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _machine():
-    report = doctor()
-    if not report["backend"]["ok"]:
-        pytest.skip(report["backend"]["how"])
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from rock_env import Sandbox, SandboxSpec, doctor
+from rock_env import Sandbox, SandboxSpec
 from rock_env.gem.text import render, run_command
 from rome.rollout import shell_agent
 
@@ -28,10 +28,7 @@ COMMANDS = [
 ]
 
 
-def test_it_tells_the_policy_what_the_environments_do():
-    report = doctor()
-    if not report["backend"]["ok"]:
-        pytest.skip(report["backend"]["how"])
+def test_it_tells_the_policy_what_the_environments_do(sandboxes):
     shell = shell_agent.Shell()
     with Sandbox.start(SandboxSpec()) as box:
         session = box.session()

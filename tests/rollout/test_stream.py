@@ -7,7 +7,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_toys import MODEL, VOCAB, ToyRenderer, toy_engine, toy_params
+from rollout_toys import MODEL, VOCAB, ToyRenderer, finish_stream, joined, toy_engine, toy_params
 
 from rome.models import forward
 from rome.rollout import EngineError
@@ -22,25 +22,6 @@ logits_of = jax.jit(forward, static_argnums=1)
 def stream(**changes) -> StreamEngine:
     settings = {"slots": 4, "max_length": LENGTH, "extend_buckets": (4, 16), "burst": 3, "alternatives": 5, **changes}
     return StreamEngine(toy_params(), MODEL, StreamConfig(**settings), ToyRenderer.stop_ids, pad_id=0)
-
-
-def finish(engine, slots):
-    """Advances until all of them are done: slot → bursts."""
-    bursts = {slot: [] for slot in slots}
-    left = set(slots)
-    for _ in range(200):
-        for slot, burst in engine.advance().items():
-            bursts[slot].append(burst)
-            if burst.finish is not None:
-                left.discard(slot)
-                engine.free(slot)
-        if not left:
-            return bursts
-    raise AssertionError(f"slots {left} never ended")
-
-
-def joined(bursts, name):
-    return np.concatenate([getattr(burst, name) for burst in bursts])
 
 
 def oracle(logits, temperature, top_k, top_p, min_p):
@@ -146,7 +127,7 @@ def test_without_truncation_it_draws_what_the_training_engine_draws():
     expected = trainer.generate(0, {0: prompt})[0]
     engine = stream()
     slot = engine.start(prompt, Sampling(77, 10))
-    bursts = finish(engine, [slot])[slot]
+    bursts = finish_stream(engine, [slot])[slot]
     np.testing.assert_array_equal(joined(bursts, "tokens"), expected.tokens)
     np.testing.assert_allclose(joined(bursts, "behavior_logp"), expected.behavior_logp, atol=1e-5)
 
@@ -155,7 +136,7 @@ def test_a_prefix_is_prefilled_once_and_new_weights_forget_it():
     engine = stream()
     prompt = np.arange(15, 55, dtype=np.int32)
     first = engine.start(prompt, Sampling(1, 4))
-    answer = joined(finish(engine, [first])[first], "tokens")
+    answer = joined(finish_stream(engine, [first])[first], "tokens")
     assert engine.stats.prefilled_tokens == 40
     longer = np.concatenate([prompt, answer, [20, 21, 22]]).astype(np.int32)
     second = engine.start(longer, Sampling(2, 4))  # the conversation goes on, in the same slot
@@ -163,31 +144,31 @@ def test_a_prefix_is_prefilled_once_and_new_weights_forget_it():
     assert engine.stats.reused_tokens == 40 + len(answer) - 1
     neighbour = engine.start(longer[:40], Sampling(1, 4))  # copied from the busy slot; only the last token is new
     assert engine.stats.reused_tokens == 40 + len(answer) - 1 + 39
-    bursts = finish(engine, [second, neighbour])
+    bursts = finish_stream(engine, [second, neighbour])
     np.testing.assert_array_equal(joined(bursts[neighbour], "tokens"), answer)
     before = engine.stats.reused_tokens
     engine.update_params(toy_params(1), 1)
     third = engine.start(prompt, Sampling(1, 4))
     assert engine.stats.reused_tokens == before
-    assert {burst.version for burst in finish(engine, [third])[third]} == {1}
+    assert {burst.version for burst in finish_stream(engine, [third])[third]} == {1}
     # a request in flight goes on under the new weights, and each of its tokens says under which it was drawn
     fourth = engine.start(prompt, Sampling(3, 12, 0.0))
     early = engine.advance()[fourth]
     assert early.finish is None
     engine.update_params(toy_params(2), 2)
-    assert (early.version, {burst.version for burst in finish(engine, [fourth])[fourth]}) == (1, {2})
+    assert (early.version, {burst.version for burst in finish_stream(engine, [fourth])[fourth]}) == (1, {2})
 
 
 def test_forgetting_makes_an_engine_as_good_as_new():
     def sampled(engine):
         slot = engine.start(np.arange(20, 50, dtype=np.int32), Sampling(seed=5, max_tokens=6))
-        return slot, joined(finish(engine, [slot])[slot], "behavior_logp").tobytes()
+        return slot, joined(finish_stream(engine, [slot])[slot], "behavior_logp").tobytes()
 
     fresh, used = stream(), stream()
     busy = used.start(np.arange(20, 50, dtype=np.int32), Sampling(seed=9, max_tokens=2))
     with pytest.raises(EngineError, match="forget: expected no slot in use"):
         used.forget()
-    finish(used, [busy])
+    finish_stream(used, [busy])
     used.forget()
     assert sampled(used) == sampled(fresh)
     assert used.stats.reused_tokens == 0
@@ -207,7 +188,7 @@ def test_nothing_compiles_after_warmup():
         engine.start(np.arange(15, 15 + 7 * (i + 1), dtype=np.int32), Sampling(i, 9, t, k, p, m, i == 1))
         for i, (t, k, p, m) in enumerate(SETTINGS[:3])
     ]
-    finish(engine, slots)
+    finish_stream(engine, slots)
     assert compiled == []
 
 

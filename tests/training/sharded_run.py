@@ -147,7 +147,6 @@ def decode(config: MeshConfig, page_size: int = 0) -> dict[int, Any]:
 
 
 def main(path: str) -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
     # the moments of one of the runs lie on the host: it is compared with the others
     optimizers = {"data × tensor": OFFLOADED}
     runs = {name: train_step(MODEL, config, optimizers.get(name, OPTIMIZER)) for name, config in MESHES.items()}

@@ -25,10 +25,10 @@ CURSOR = {"stage": "ipa", "step": 3, "records": 17, "results": {"warm_start": {"
 
 
 def _state(seed=0):
-    state = init_state(jax.tree.map(jnp.array, params_of(DENSE)), OPTIMIZER)
-    noise = iter(jax.random.split(jax.random.key(seed), 1000))
-    draw = lambda leaf: jax.random.normal(next(noise), leaf.shape).astype(leaf.dtype)  # noqa: E731
-    return jax.tree.map(draw, state).replace(step=jnp.int32(41 + seed))
+    shapes = jax.eval_shape(lambda: init_state(params_of(DENSE), OPTIMIZER))
+    rng = np.random.default_rng(seed)
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
+    return state.replace(step=jnp.int32(41 + seed))
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(folder):
         assert latest in (saved, saved + 1)
         state, cursor, _ = _restore(folder, latest)
         assert cursor["step"] == latest
-        assert distance(state.params, _state(2).params) < 1e-5  # (compiled there with other options: other roundings)
+        assert distance(state.params, _state(2).params) == 0
         assert all(p.name.isdigit() for p in folder.iterdir())
 
 

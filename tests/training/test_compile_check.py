@@ -147,7 +147,6 @@ def _check(topology: str, *arguments: str, hbm: float | None = None) -> subproce
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "200",
     }

@@ -3,7 +3,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from training_toys import DENSE, MOE, params_of, tokens, trajectories, trajectory
+from training_toys import SHALLOW, SHALLOW_MOE, params_of, tokens, trajectories, trajectory
 
 from rome.ipa import ObjectiveConfig, PolicyBatch, policy_loss
 from rome.models import token_log_probs
@@ -127,7 +127,7 @@ def _batch(given, rows):
     )
 
 
-@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("model", [SHALLOW, SHALLOW_MOE], ids=["dense", "moe"])
 def test_packed_and_unpacked_give_the_same_loss_and_gradient(model):
     """ipa.md, trap 2: on the real model, all in few rows against a row for each."""
     given = trajectories(4, 9)
