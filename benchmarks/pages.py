@@ -53,9 +53,10 @@ def play(sides: dict[str, Side], prompts: list[np.ndarray]) -> None:
     """One conversation of every slot with every engine, turn by turn."""
     slots = range(len(prompts) * GROUP)
     for side in sides.values():
-        side.engine.stats.pages_peak, side.said = 0, []
         for slot in slots:
             side.engine.free(slot)
+        side.engine.stats.pages_peak, side.said = 0, []
+        for slot in slots:
             side.engine.insert(slot, slot)
     history = {name: {slot: prompts[slot // GROUP] for slot in slots} for name in sides}
     answer = np.arange(OBSERVATION, dtype=np.int32) + 7
