@@ -88,6 +88,7 @@ class Learner:
 
     def __init__(self, trainer: PolicyTrainer, state: TrainState, engine: DecodeEngine) -> None:
         self.trainer, self.state, self.engine = trainer, state, engine
+        self.epochs = 1  # over a batch
         self.updates: list[float] = []  # seconds
         self.trained: list[Trajectory] = []
 
@@ -99,14 +100,12 @@ class Learner:
         """One step on the groups; returns their success rate."""
         started = time.perf_counter()
         samples = [t for group in groups for t in group]
-        self.state, _ = self.trainer.update(self.state, samples, self.version)
-        self.publish()
+        for _ in range(self.epochs):
+            self.state, _ = self.trainer.update(self.state, samples, self.version)
+        self.engine.update_params(self.state.params, self.version + 1)
         self.updates.append(time.perf_counter() - started)
         self.trained += samples
         return sum(t.succeeded for t in samples) / len(samples)
-
-    def publish(self) -> None:
-        self.engine.update_params(self.state.params, self.version + 1)
 
 
 class Training(Learner):
