@@ -104,6 +104,8 @@ class Plan:
       mode: `synchronous` (all roll out, then all train), `split` (`train_hosts` train, the others roll out) or
         `multiplexed` (all roll out, and lend `train_hosts` of them to each update).
       slots: of a host, at most: multiplexed, what all hold together must fit on those that don't train.
+      park: multiplexed: instead, it need only fit on all hosts. While some train, as many cohorts go on as fit on the
+        others (none, if all train), the next ones in turn each time; the rest waits in the hosts' own memory.
       groups, group_size: of a batch.
       train_serial: the share of an update that more hosts don't make faster.
       cores: None: every host computes for itself. Else all of them share so many, equally, as fake devices do.
@@ -122,22 +124,26 @@ class Plan:
     prompt_rows: int = 4
     train_serial: float = 0.0
     cores: float | None = None
+    park: bool = False
 
     def __post_init__(self) -> None:
+        most = self.hosts if self.park else self.narrow
         checks = {
             "mode": (self.mode in MODES, f"one of {MODES}"),
             "hosts": (self.hosts >= 1, "at least 1"),
-            "engines": (1 <= self.engines <= self.narrow, f"1..{self.narrow} (the hosts that always roll out)"),
+            "engines": (1 <= self.engines <= most, f"1..{most} (the hosts that always roll out, or with park all)"),
             "groups": (self.groups >= 1, "at least 1"),
             "group_size": (self.group_size >= 1, "at least 1"),
             "cohorts": (self.cohorts >= 1, "at least 1"),
             "slots": (self.slots >= self.cohorts, "at least one a cohort"),
             "async_ratio": (self.async_ratio > 0 or self.mode == "synchronous", "more than 0"),
             "train_serial": (0 <= self.train_serial <= 1, "a share in [0, 1]"),
+            "park": (not self.park or self.mode == "multiplexed", "False unless multiplexed"),
             "cores": (self.cores is None or self.cores > 0, "more than 0"),
         }
         if self.mode != "synchronous":
-            checks["train_hosts"] = (1 <= self.train_hosts < self.hosts, f"1..{self.hosts - 1}")
+            most = self.hosts if self.park else self.hosts - 1
+            checks["train_hosts"] = (1 <= self.train_hosts <= most, f"1..{most}")
         for name in ("mode", "hosts", "train_hosts", *checks):
             valid, expected = checks.get(name, (True, ""))
             if not valid:
@@ -191,7 +197,7 @@ def best_split(plan: Plan, latencies: Latencies, steps: int, seed: int) -> tuple
 
     Up to 31 hosts every number is tried; beyond, one in hosts/8, and then ever closer to the best.
     """
-    limit, found = plan.hosts - plan.engines, {}
+    limit, found = plan.hosts if plan.park else plan.hosts - plan.engines, {}
 
     def rate(hosts: int) -> float:
         if hosts not in found:
@@ -230,15 +236,25 @@ class _Sample:
 
 
 class _Engine:
-    """Slots in cohorts on `span` hosts; `queue` waits for a free one."""
+    """Slots in cohorts on `span` of its `wide` hosts; those in `awake` take turns. `queue` waits for a slot."""
 
-    def __init__(self, span: int, narrow_span: int, plan: Plan) -> None:
-        self.span, self.rows = span, max(1, plan.slots * narrow_span // plan.cohorts)
+    def __init__(self, wide: int, narrow: int, plan: Plan) -> None:
+        self.wide = self.span = wide
+        self.rows = max(1, plan.slots * (wide if plan.park else narrow) // plan.cohorts)
         self.cohorts: list[list[_Sample]] = [[] for _ in range(plan.cohorts)]
+        self.awake = self.cohorts
+        self.park, self._first = plan.park, 0
         self.queue: deque[_Sample] = deque()
         self.groups = 0
         self.in_turn = self.moving = False
         self.given, self.turn_over, self.moved = Signal(), Signal(), Signal()
+
+    def move_to(self, span: int) -> None:
+        self.span, self.moving, self.awake = span, False, self.cohorts
+        if self.park and span < self.wide:
+            count = len(self.cohorts) * span // self.wide
+            self.awake = [self.cohorts[(self._first + i) % len(self.cohorts)] for i in range(count)]
+            self._first += count
 
 
 class _Simulation:
@@ -302,7 +318,7 @@ class _Simulation:
         """Starts groups while the buffer will have room, each with the engine that has the fewest."""
         while self.in_flight + len(self.buffer) < self.allowance:
             group = _Group([self._draw(self.latencies.episodes) for _ in range(self.plan.group_size)])
-            engine = min(self.engines, key=lambda engine: engine.groups / engine.span)
+            engine = min(self.engines, key=lambda engine: engine.groups / engine.rows)
             engine.queue.extend(group.samples)
             engine.groups += 1
             self.in_flight += 1
@@ -370,7 +386,7 @@ class _Simulation:
         self._work("move", hosts)
         yield float(self._draw(self.latencies.move))
         self._work("move", -hosts)
-        engine.span, engine.moving = span, False
+        engine.move_to(span)
         self.clock.fire(engine.moved)
 
     def _engine(self, engine: _Engine) -> Process:
@@ -380,13 +396,16 @@ class _Simulation:
             for cohort in engine.cohorts:
                 self._fill(engine, cohort)
                 self._settle(engine, cohort)
-            if any(sample.ready for cohort in engine.cohorts for sample in cohort):
-                for cohort in engine.cohorts:
+            awake = engine.awake
+            if any(sample.ready for cohort in awake for sample in cohort):
+                for cohort in awake:
                     if any(sample.ready for sample in cohort):
                         yield from self._turn(engine, cohort)
-            elif any(engine.cohorts):
-                waiting = min(sample.answered for cohort in engine.cohorts for sample in cohort)
+            elif any(awake):
+                waiting = min(sample.answered for cohort in awake for sample in cohort)
                 yield min(1.0, waiting - self.clock.now)
+            elif not awake or (any(engine.cohorts) and not engine.queue):
+                yield engine.moved  # all that it has is parked
             elif not engine.queue:
                 yield engine.given
 
@@ -414,6 +433,8 @@ class _Simulation:
         ready = [sample for sample in cohort if sample.ready]
         while engine.moving:
             yield engine.moved
+        if all(cohort is not other for other in engine.awake):
+            return
         engine.in_turn, span = True, engine.span
         prompts = len({id(sample.group) for sample in ready if not sample.turns})
         for sample in ready:

@@ -88,6 +88,26 @@ def test_a_multiplexed_update_is_two_moves_longer():
     assert found.utilisation["move"] == pytest.approx(2 * MOVE / (50 + 2 * MOVE), rel=0.01)
 
 
+def test_where_all_pause_to_train_a_step_is_decoding_and_then_training():
+    latencies = exact(environment=[0.0], episodes=[[1]], turn=TurnTime(row=0.1), train=[1.0])
+    everyone = plan("multiplexed", slots=4, train_hosts=2, park=True)  # a turn of eight rows on two hosts: a batch
+    found = simulate(everyone, latencies, steps=10, seed=0)
+    assert found.samples_per_second == pytest.approx(8 / (0.4 + 1.0 / 2 + 2 * MOVE))
+    assert found.utilisation["idle"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("train_hosts", [2, 4])
+def test_with_parking_no_host_is_ever_idle(train_hosts):
+    # 80 samples take 80 · 3 turns of 0.1 host-seconds, and 12 host-seconds of training, on four hosts
+    latencies = exact(environment=[0.0], turn=TurnTime(row=0.1), train=[12.0], move=[0.0])
+    settings = plan(
+        "multiplexed", hosts=4, slots=4, groups=20, train_hosts=train_hosts, park=True, cohorts=2, async_ratio=3.0
+    )
+    found = simulate(settings, latencies, steps=10, seed=0)
+    assert found.samples_per_second == pytest.approx(80 / ((80 * CHUNKS * 0.1 + 12) / 4), rel=0.03)
+    assert found.utilisation["idle"] == pytest.approx(0, abs=0.03)
+
+
 def test_lent_hosts_make_turns_slower_and_shared_cores_make_everything_slower():
     latencies = exact(turn=TurnTime(row=0.1), environment=[0.0], train=[1e-6], move=[0.0])
     # eight rows on one, two or four hosts
@@ -106,13 +126,15 @@ def test_lent_hosts_make_turns_slower_and_shared_cores_make_everything_slower():
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("mode", ["synchronous", "split", "multiplexed"])
+@pytest.mark.parametrize("mode", ["synchronous", "split", "multiplexed", "parking"])
 def test_invariants_of_any_schedule(mode, seed):
     rng = np.random.default_rng(seed)
+    hosts, park = int(rng.integers(4, 9)), mode == "parking"
     settings = plan(
-        mode,
-        hosts=int(rng.integers(4, 9)),
-        train_hosts=int(rng.integers(1, 3)),
+        "multiplexed" if park else mode,
+        hosts=hosts,
+        train_hosts=int(rng.integers(1, hosts + 1 if park else 3)),
+        park=park,
         engines=int(rng.integers(1, 3)),
         slots=int(rng.integers(4, 12)),
         groups=int(rng.integers(1, 6)),
@@ -180,6 +202,8 @@ def test_turn_times_are_found_again():
         ({"mode": "magic"}, "mode: expected one of"),
         ({"train_hosts": 2}, r"train_hosts: expected 1\.\.1, found 2"),
         ({"engines": 2}, r"engines: expected 1\.\.1 .*, found 2"),
+        ({"train_hosts": 3, "mode": "multiplexed", "park": True}, r"train_hosts: expected 1\.\.2, found 3"),
+        ({"park": True}, "park: expected False unless multiplexed"),
         ({"async_ratio": 0.0}, "async_ratio: expected more than 0"),
         ({"slots": 1, "cohorts": 2}, "slots: expected at least one a cohort"),
         ({"train_serial": 1.5}, "train_serial: expected a share"),
