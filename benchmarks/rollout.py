@@ -166,7 +166,7 @@ def validation(console: Console, median: float, steps: int, rounds: int) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--median-ms", type=float, default=150.0, help="not with --multiplex and --faults")
-    parser.add_argument("--steps", type=int, help="default: 10; with --simulate and --multiplex 4")
+    parser.add_argument("--steps", type=int, help="default: 10; with --simulate 4, with --multiplex 3")
     parser.add_argument("--rounds", type=int, help="default: 3; with --simulate 1")
     parser.add_argument("--learning", type=int, default=0, metavar="SEEDS")
     parser.add_argument("--learning-steps", type=int, default=60)
@@ -179,7 +179,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     console, median = Console(), arguments.median_ms / 1e3
-    steps = arguments.steps or (4 if arguments.simulate or arguments.multiplex else 10)
+    steps = arguments.steps or (4 if arguments.simulate else 3 if arguments.multiplex else 10)
     rounds = arguments.rounds or (1 if arguments.simulate else 3)
     results: dict[str, Any] = {}
     if arguments.faults:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rollouts.jobs import BATCH, GROUP_SIZE, GROUPS, SIGMA, SLOWER, STRAGGLERS
 
 from rome.rollout.simulator import Latencies, Plan, Prediction, TurnTime, best_split, simulate
@@ -107,7 +106,7 @@ class Case:
         memory = self.chip.hbm / GIB
         ways = (2**i for i in range(MODEL_WIDTH.bit_length()))
         least = next(f * self.ways for f in ways if (STATE + self.spread) / f + self.fixed <= memory)
-        times = (1, 2, 3, 4, 6, 8, 12)
+        times = (1, 2, 3, 4, 6, 8)
         return sorted({n for n in (*(least * t for t in times), chips) if least <= n <= chips})
 
     @property
@@ -143,10 +142,10 @@ class Case:
 
 
 CASES = (
-    Case("v5p", 8, (32, 128), 5.6, 154.0, 1, 0.76, 0.95, 13.9e9, 355e9, 2),
-    Case("v5p", 32, (16, 32, 64, 128), 13.9, 166.0, 1, 6.83, 3.75, 19.5e9, 849e9, 2),
+    Case("v5p", 8, (128,), 5.6, 154.0, 1, 0.76, 0.95, 13.9e9, 355e9, 2),
+    Case("v5p", 32, (16, 32, 128), 13.9, 166.0, 1, 6.83, 3.75, 19.5e9, 849e9, 2),
     Case("v5p", 128, (64, 128), 16.0, 166.0, 4, 4 * 37.2, 18.0, 32.8e9, 1482e9, 1),
-    Case("v6e", 8, (64, 256), 5.2, 154.0, 1, 1.08, 0.95, 13.9e9, 355e9, 2),
+    Case("v6e", 8, (256,), 5.2, 154.0, 1, 1.08, 0.95, 13.9e9, 355e9, 2),
     Case("v6e", 32, (128, 256), 14.4, 166.0, 1, 3.41, 3.75, 19.5e9, 849e9, 2),
     Case("v6e", 128, (256,), 15.5, 166.0, 4, 4 * 18.6, 18.0, 32.8e9, 1482e9, 1),
 )
@@ -155,7 +154,7 @@ TOGETHER = ("all pause to train", "synchronous")
 PLANS: dict[str, dict[str, Any]] = {
     "split": {"mode": "split"},
     "multiplexed": {"mode": "multiplexed"},
-    "parking": {"mode": "multiplexed", "park": True, "cohorts": 4},
+    "parking": {"mode": "multiplexed", "park": True},
     "all pause to train": {"mode": "multiplexed", "park": True},
     "synchronous": {"mode": "synchronous"},
 }
@@ -178,7 +177,7 @@ def best_of(case: Case, chips: int, name: str, ratio: float) -> Best | None:
     More slots mean samples that are longer under way, and thus more of them that get too old.
     """
     latencies, found = case.latencies(), []
-    for k, share in itertools.product(case.train_hosts(chips), (0.5, 0.75, 1.0)):
+    for k, share in itertools.product(case.train_hosts(chips), (0.5, 1.0)):
         together = name in TOGETHER
         rest = chips if together else chips - k
         if (k == chips) != together or rest % EXPERT_WAYS or not rest:
@@ -191,7 +190,7 @@ def best_of(case: Case, chips: int, name: str, ratio: float) -> Best | None:
             continue
         seconds = slots * case.slot * GIB / (HOST_LINK if park else case.chip.interconnect)
         plan = Plan(hosts=chips, slots=slots, groups=BATCH_GROUPS, group_size=SAMPLES, train_hosts=k, **PLANS[name])
-        plan = dataclasses.replace(plan, async_ratio=ratio)
+        plan = dataclasses.replace(plan, async_ratio=ratio, cohorts=4 if slots >= 4 and name == "parking" else 2)
         mix = dataclasses.replace(latencies, move=(seconds,))
         found.append(Best(k, slots, simulate(plan, mix, steps=6, seed=0, skip=4)))
     return max(found, key=lambda best: best.rate, default=None)
@@ -201,27 +200,26 @@ def full_scale(console: Console) -> list[dict[str, Any]]:
     """Samples a minute of the 30B model by topology and context, and what they are over the best static split's.
 
     All times are bounds from below that the compiled programs give; what is assumed are episodes and environments.
+    Prints each case as it is known.
     """
+    console.print("30B: predicted samples/min (devices that train; slots a device), and ÷ the best static split")
     rows = []
-    table = Table(title="30B, samples/min (devices that train; slots a device)")
-    for title in ("devices", "context", "α", "training needs", *PLANS, "multiplexed ÷ split", "best ÷ split"):
-        table.add_column(title)
     for case, ratio in itertools.product(CASES, RATIOS):
         for chips in case.chips:
             best = {name: best_of(case, chips, name, ratio) for name in PLANS} if case.slots else {}
             fits = {name: found for name, found in best.items() if found is not None}
-            floor = case.train_hosts(chips)[:1]
-            row = {"kind": case.kind, "chips": chips, "context": case.context, "ratio": ratio, "floor": [*floor]}
+            floor = next(iter(case.train_hosts(chips)), None)
+            row = {"kind": case.kind, "chips": chips, "context": case.context, "ratio": ratio, "floor": floor}
             row["best"] = {name: dataclasses.asdict(b.prediction) | b._asdict() for name, b in fits.items()}
             rows.append(row)
-            cells = [
-                f"{fits[n].rate:.1f} ({fits[n].train_hosts}; {fits[n].slots})" if n in fits else "–" for n in PLANS
-            ]
-            gains = []
-            if "split" in fits:
-                others = [found.rate for name, found in fits.items() if name != "split"]
-                gains = [f"{rate / fits['split'].rate:.2f}" for rate in (fits["multiplexed"].rate, max(others))]
-            needs = " ".join(map(str, floor)) or "more"
-            table.add_row(f"{chips} {case.kind}", f"{case.context}k", f"{ratio:g}", needs, *cells, *gains)
-    console.print(table)
+            split = fits.get("split")
+            found = (
+                f"{name} {best.rate:.1f} ({best.train_hosts}; {best.slots})"
+                + (f" {best.rate / split.rate:.2f} ×" if split and name != "split" else "")
+                for name, best in fits.items()
+            )
+            console.print(
+                f"{chips} {case.kind}, {case.context}k, α = {ratio:g}; training needs {floor or 'more'}: "
+                + ("; ".join(found) or "rollouts do not fit")
+            )
     return rows

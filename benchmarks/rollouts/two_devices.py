@@ -1,7 +1,7 @@
 """Two devices, each with a core of its own: what is multiplexing worth over the only static split, one and one, and
 over time-sharing? Started by `benchmarks/rollout.py --multiplex`, which sets what XLA reads from the environment:
 
-python benchmarks/rollouts/two_devices.py FILE [--rounds 3] [--steps 4]
+python benchmarks/rollouts/two_devices.py FILE [--rounds 3] [--steps 3]
 
 All modes use the same engine, trainers and environments, in turns. An episode has up to eight tool calls; a batch is
 128 samples. Only successful samples have a return, so the rate of success says how long an update takes beside the
@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -90,14 +91,14 @@ class Regime:
 
 
 SPLIT, MULTIPLEXED, PAUSED = "split 1 + 1, α = {}", "multiplexed, α = {}", "both pause, α = {}"
-ONE_TRAINS, BOTH_TRAIN = "synchronous, one trains", "synchronous, both train"
+BOTH_TRAIN = "synchronous, both train"
 REGIMES = (
     Regime(
         "rollouts heavy",
         0.35,
-        (ONE_TRAINS, BOTH_TRAIN, *(name.format(ratio) for ratio in (1, 2) for name in (SPLIT, MULTIPLEXED, PAUSED))),
+        (BOTH_TRAIN, *(name.format(ratio) for ratio in (1, 2) for name in (SPLIT, MULTIPLEXED, PAUSED))),
     ),
-    Regime("training heavy", 1.0, (BOTH_TRAIN, SPLIT.format(2), MULTIPLEXED.format(2)), epochs=2),
+    Regime("training heavy", 1.0, (SPLIT.format(2), MULTIPLEXED.format(2)), epochs=2),
 )
 
 
@@ -208,12 +209,12 @@ class Measured(NamedTuple):
     staleness: float
 
 
-def synchronous(machine: Machine, regime: Regime, steps: int, on_both: bool) -> Measured:
-    """Both roll out, to the last sample; then the first, or both, train."""
-    learner, wanted = machine.both if on_both else machine.one, requests(0, GROUP_SIZE)
+def synchronous(machine: Machine, regime: Regime, steps: int) -> Measured:
+    """Both roll out, to the last sample; then both train."""
+    wanted = requests(0, GROUP_SIZE)
     with machine.runner(regime, WIDE) as runner:
-        outcome = measure(learner, lambda: roll_out(runner, wanted, GROUPS), steps)
-    return summary(machine, outcome, 2 if on_both else 1)
+        outcome = measure(machine.both, lambda: roll_out(runner, wanted, GROUPS), steps)
+    return summary(machine, outcome, 2)
 
 
 def split(machine: Machine, regime: Regime, steps: int, ratio: float) -> Measured:
@@ -272,8 +273,7 @@ def summary(machine: Machine, outcome: Outcome, trainers: int) -> Measured:
 
 Mode = Callable[[Machine, Regime, int], Measured]
 MODES: dict[str, Mode] = {
-    ONE_TRAINS: functools.partial(synchronous, on_both=False),
-    BOTH_TRAIN: functools.partial(synchronous, on_both=True),
+    BOTH_TRAIN: synchronous,
     **{
         name.format(ratio): functools.partial(mode, ratio=float(ratio))
         for ratio in (1, 2)
@@ -332,13 +332,11 @@ def calibrate(machine: Machine, regime: Regime) -> Calibration:
 def predictions(calibration: Calibration) -> dict[str, float]:
     """Samples a second by mode."""
     latencies = calibration.latencies
+    # the simulator's update is on one of two hosts that would share it
     both_train = dataclasses.replace(latencies, train=2 * np.asarray(calibration.updates_on_both))
-    one_trains = dataclasses.replace(
-        latencies, train=2 * np.asarray(latencies.train)
-    )  # the simulator's hosts all train
     plan = Plan("split", 2, ENGINE.slots, GROUPS, GROUP_SIZE, prompt_rows=ENGINE.prompt_rows)
     together = dataclasses.replace(plan, mode="synchronous", slots=ENGINE.slots // 2)
-    found = {ONE_TRAINS: (together, one_trains), BOTH_TRAIN: (together, both_train)}
+    found = {BOTH_TRAIN: (together, both_train)}
     for ratio in (1, 2):
         apart = dataclasses.replace(plan, async_ratio=float(ratio))
         lending = dataclasses.replace(apart, mode="multiplexed")
@@ -356,6 +354,7 @@ def compare(machine: Machine, regime: Regime, steps: int, rounds: int) -> dict[s
     for _ in range(rounds):
         for name, outcomes in measured.items():
             outcomes.append(MODES[name](machine, regime, steps))
+            print(f"{regime.name}: {name}: {outcomes[-1].rate:.1f} samples/s", file=sys.stderr, flush=True)
     predicted = predictions(calibration)
     latencies = calibration.latencies
     return {
@@ -383,6 +382,7 @@ def in_a_process(steps: int, rounds: int) -> dict[str, Any]:
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     environment["NPROC"] = "4"  # XLA's threads: with one a device, devices that meet can lock each other up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `run` then ends the process before it raises
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         command = [sys.executable, __file__, str(path), f"--steps={steps}", f"--rounds={rounds}"]
@@ -430,7 +430,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     arguments = parser.parse_args()
     machine = Machine()
     found = {regime.name: compare(machine, regime, arguments.steps, arguments.rounds) for regime in REGIMES}
