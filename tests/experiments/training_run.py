@@ -21,6 +21,11 @@ _COMMAND = [sys.executable, str(HERE.parents[1] / "experiments" / "ipa_train.py"
 _DEADLINE = 280.0  # seconds of one run; on an idle machine it takes about ten
 
 
+def _prepare(file_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore it
+
+
 class Run:
     """One process that trains in `workdir`; it ends with its `with` block, whatever happens there.
 
@@ -45,7 +50,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
+                preexec_fn=lambda: _prepare(file_bytes),
             )
 
     def __enter__(self) -> Run:
