@@ -106,6 +106,7 @@ class LinkServer:
             os.chmod(where, 0o600)
         self.address = address if kind == "unix" else "tcp:%s:%d" % self._socket.getsockname()[:2]  # noqa: UP031
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._closed = threading.Event()
 
     def start(self) -> None:
         """Accept, in threads that end with the process."""
@@ -128,6 +129,8 @@ class LinkServer:
             self._authenticate(connection)
             while True:
                 header, blob = wire.receive(connection, time.monotonic() + _IDLE_SECONDS)
+                if self._closed.is_set():
+                    return
                 reply = wire.encode(*self._handle(header, blob))
                 wire.send(connection, reply, time.monotonic() + _IDLE_SECONDS)
         except (OSError, TimeoutError, ValueError, wire.ConnectionLost):
@@ -148,6 +151,9 @@ class LinkServer:
         wire.send(connection, wire.encode({"proof": _proof(self._secret, "worker", theirs, nonce)}), deadline)
 
     def close(self) -> None:
+        """Answers nothing that comes from now on, on connections that there are already, either: what a process that
+        ends takes down would look as if it had ended by itself."""
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

@@ -245,10 +245,10 @@ def test_agents_with_sandboxes_of_their_own(hub):
     env.close()
 
 
-@pytest.mark.parametrize("sandboxes", ["shared", "isolated"])
-def test_agents_act_at_the_same_time(hub, sandboxes):
+@pytest.mark.parametrize("sharing", ["shared", "isolated"])
+def test_agents_act_at_the_same_time(hub, sharing):
     """One waits for what the other does, in a step that began earlier."""
-    env = gem.make("answer@1", hub=hub, agents=["a", "b"], sandboxes=sandboxes, command_seconds=60)
+    env = gem.make("answer@1", hub=hub, agents=["a", "b"], sandboxes=sharing, command_seconds=60)
     env.reset()
     began, steps = threading.Event(), {}
 
@@ -260,7 +260,7 @@ def test_agents_act_at_the_same_time(hub, sandboxes):
     thread.start()
     began.wait(60)
     assert env.step("touch go; echo gone", "b").observation == "gone"
-    if sandboxes == "shared":
+    if sharing == "shared":
         thread.join(60)
         assert steps["a"].observation == "went"
         assert env.step(gem.STOP, "a").reward == 0.0

@@ -1,5 +1,6 @@
 """What is left when processes are killed: sandboxes are found again or declared lost, and none is leaked."""
 
+import asyncio
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from processes import descendants, stat, still_there
 from waiting import wait_until
 
 from rock_env import BackendUnavailable, RockError, SandboxDead, SandboxSpec
-from rock_env.admin.link import read_secret
+from rock_env.admin.link import Link, LinkServer, read_secret
 
 
 def is_gone(processes):
@@ -218,6 +219,22 @@ def test_an_abandoned_worker_ends_when_its_sandboxes_have(start_admin):
     admin.kill()
     wait_until(lambda: is_gone(processes), 30)
     assert "no admin for 1 s" in (admin.directory / "workers" / "w1" / "log").read_text()
+
+
+def test_a_server_that_was_closed_answers_nothing_more(tmp_path):
+    """On connections from before, either: what an ending worker takes down is lost, and did not end by itself."""
+    address, secret = f"unix:{tmp_path / 'socket'}", b"x" * 64
+    server = LinkServer(address, secret, lambda header, blob: (header, blob))
+    server.start()
+
+    async def calls():
+        link = Link("w", address, secret)
+        assert (await link.call("first", 60))[0] == {"op": "first"}
+        server.close()
+        with pytest.raises(BackendUnavailable, match="cannot be reached"):
+            await link.call("second", 60)
+
+    asyncio.run(calls())
 
 
 def test_a_worker_started_elsewhere_joins(start_admin, tmp_path):
