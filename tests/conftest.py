@@ -40,7 +40,7 @@ def _audit_directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sandboxes():
+def sandbox_machine():
     """What `doctor` says of this machine, which can run sandboxes: without that, the test is skipped."""
     from rock_env import doctor
 

@@ -12,7 +12,7 @@ from rome.envs.families.words import WORDS
 from rome.models import ChatRenderer, train_tokenizer
 from rome.trajectory import Status
 
-pytestmark = pytest.mark.usefixtures("sandboxes")
+pytestmark = pytest.mark.usefixtures("sandbox_machine")
 SPECS = fixed_tasks(FAMILIES, (2, 3, 5), 36, first_seed=4_000_000_000)
 
 

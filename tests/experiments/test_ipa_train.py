@@ -13,7 +13,7 @@ from training_run import Run, ended, finished, has_checkpoint, has_record, recor
 from rome.training.evaluation import EvaluationResult
 from rome.trajectory import load_trajectories
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandboxes"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandbox_machine"), pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from training_run import Run, finished, has_record, records
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandboxes"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandbox_machine"), pytest.mark.timeout(1200)]
 
 
 def test_resampling_from_prefixes_resumes_exactly(tmp_path):

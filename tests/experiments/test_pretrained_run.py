@@ -87,7 +87,7 @@ def command(script: str, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def run(sandboxes, published, tmp_path_factory) -> Path:
+def run(sandbox_machine, published, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("pretrained") / "run"
     command("ipa_train.py", CONFIG, f"--config.model.pretrained={published}", f"--workdir={workdir}")
     return workdir

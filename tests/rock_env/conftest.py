@@ -8,7 +8,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _machine(sandboxes):
+def _machine(sandbox_machine):
     """Without sandboxes there is nothing to test here."""
 
 

@@ -22,7 +22,7 @@ from rome.training.policy import PolicySettings, PolicyTrainer
 from rome.training.state import OptimizerConfig, init_state, make_optimizer
 from rome.trajectory import Status
 
-pytestmark = [pytest.mark.usefixtures("sandboxes"), pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.usefixtures("sandbox_machine"), pytest.mark.timeout(500)]
 LENGTH = 400
 
 # What an agent is made of, with nothing but the standard library. `MODE` chooses what else it does.

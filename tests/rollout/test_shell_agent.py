@@ -28,7 +28,7 @@ COMMANDS = [
 ]
 
 
-def test_it_tells_the_policy_what_the_environments_do(sandboxes):
+def test_it_tells_the_policy_what_the_environments_do(sandbox_machine):
     shell = shell_agent.Shell()
     with Sandbox.start(SandboxSpec()) as box:
         session = box.session()

@@ -25,7 +25,7 @@ CURSOR = {"stage": "ipa", "step": 3, "records": 17, "results": {"warm_start": {"
 
 
 def _state(seed=0):
-    shapes = jax.eval_shape(lambda: init_state(params_of(DENSE), OPTIMIZER))
+    shapes = jax.eval_shape(lambda params: init_state(params, OPTIMIZER), params_of(DENSE))
     rng = np.random.default_rng(seed)
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
     return state.replace(step=jnp.int32(41 + seed))
