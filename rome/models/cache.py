@@ -170,7 +170,8 @@ class _Rows:
     def finished(self, layers: Sequence[Any], visited: Sequence[jax.Array]) -> KVCache:
         cache = self._cache
         keys, values = zip(*layers, strict=True)
-        experts = tuple(_record(held, new, self._columns) for held, new in zip(cache.experts, visited, strict=False))
+        recorded = zip(cache.experts, visited[: len(cache.experts)], strict=True)
+        experts = tuple(_record(held, new, self._columns) for held, new in recorded)
         return KVCache(keys, values, cache.length + self._counts, experts)
 
 

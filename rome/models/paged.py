@@ -143,7 +143,7 @@ class _Pages:
         keys, values = zip(*layers, strict=True)
         experts = tuple(
             held.at[self._pages, self._offsets].set(new, mode="drop")
-            for held, new in zip(cache.pool.experts, visited, strict=False)
+            for held, new in zip(cache.pool.experts, visited[: len(cache.pool.experts)], strict=True)
         )
         return PagedCache(Pool(keys, values, experts), cache.table, self._length)
 

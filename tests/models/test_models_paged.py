@@ -24,14 +24,6 @@ step = jax.jit(extend, static_argnums=1)
 attend = jax.jit(attend_pages, static_argnums=(6, 7))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def reference(q, k, v, positions, window):
     """q [B, K, G, S, h] over k, v [B, K, L, h] of which column t is position t."""
     scores = np.einsum("bkgsh,bklh->bkgsl", q, k) / np.sqrt(q.shape[-1])

@@ -50,14 +50,6 @@ MIXED = dataclasses.replace(
 SHAPES = {"slots": 8, "cohorts": 2, "max_length": 96, "extend_buckets": (32,), "max_chunk_tokens": 10}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @cache
 def mixed_params(seed=0):
     params = init_params(MIXED, jax.random.key(seed))
