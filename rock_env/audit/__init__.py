@@ -42,7 +42,7 @@ def read_audit_log(path: str | Path) -> Iterator[dict]:
 
 
 def verify_audit_log(path: str | Path, head: str | None = None) -> AuditVerdict:
-    """Check the chain from the first record to the last, and its end against the head.
+    """Check the chain from the first record to the last, and its end against the head. Its writer may go on meanwhile.
 
     Args:
       path: the log.
@@ -51,6 +51,7 @@ def verify_audit_log(path: str | Path, head: str | None = None) -> AuditVerdict:
     Raises:
       OSError: the log cannot be read.
     """
+    before = _head_file(path)
     lines = Path(path).read_bytes().split(b"\n")
     rest = lines.pop()
     previous, hashes, event = GENESIS, [], ""
@@ -69,23 +70,46 @@ def verify_audit_log(path: str | Path, head: str | None = None) -> AuditVerdict:
             break
         previous = digest(line)
         hashes.append(previous)
-    problem = problem or _check_end(Path(path), hashes, rest)
+    problem = problem or _check_end(before, _head_file(path), hashes, rest)
     if not problem and head is not None and head not in hashes:
         problem = f"no record has the hash {head}"
     return AuditVerdict(not problem, problem, len(hashes), previous, event == "log_closed")
 
 
-def _check_end(path: Path, hashes: list[str], rest: bytes) -> str:
-    """Compare with the head file. A writer killed between its two writes leaves a head that is one record behind."""
+def _head_file(path: str | Path) -> bytes | OSError:
     try:
-        head = Path(f"{path}{HEAD_SUFFIX}").read_bytes()
+        return Path(f"{path}{HEAD_SUFFIX}").read_bytes()
     except OSError as error:
-        return f"head file: {error.strerror}"
+        return error
+
+
+def _check_end(before: bytes | OSError, head: bytes | OSError, hashes: list[str], rest: bytes) -> str:
+    """Compare with the head file, as it was before the log was read and as it is now.
+
+    A writer killed between its two writes leaves a head that is one record behind. One that goes on writing leaves a
+    head beyond what was read: then the log must hold the record of the head before.
+    """
+    if isinstance(head, OSError):
+        return f"head file: {head.strerror}"
     if not hashes and not rest and not head:
         return "no record: even the first is missing"
-    count = len(hashes)
-    for records in (count, count - 1):
-        expected = head_text(records, hashes[records - 1] if records > 0 else GENESIS)
-        if head == expected or (records == 0 and not head):
-            return "" if not rest else f"line {count + 1}: cut off in the middle"
+    count, told = len(hashes), _records_told(head)
+    if told >= count - 1 and _is_of(head, hashes):
+        return "" if not rest else f"line {count + 1}: cut off in the middle"
+    if head != before and told > count and not isinstance(before, OSError) and _is_of(before, hashes):
+        return ""
     return f"the end: {count} records, but the head file says {head[:37].decode(errors='replace').lstrip('0')}..."
+
+
+def _records_told(head: bytes) -> int:
+    """How many records a head file tells of; −1 if it is none."""
+    number = head.partition(b" ")[0] if head else b"0"
+    return int(number) if number.isdigit() else -1
+
+
+def _is_of(head: bytes, hashes: list[str]) -> bool:
+    """Whether a head file is, or was, that of a log whose records have these hashes."""
+    told = _records_told(head)
+    if not 0 <= told <= len(hashes):
+        return False
+    return head == head_text(told, hashes[told - 1] if told else GENESIS) or not head

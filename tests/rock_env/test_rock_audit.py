@@ -103,6 +103,34 @@ def test_a_writer_killed_between_its_two_writes_is_no_tampering(log):
     assert not verify_audit_log(log).ok
 
 
+def test_a_log_may_be_verified_while_it_is_written(tmp_path, monkeypatch):
+    """Records come between the verification's reads; what was there before must still be there."""
+    writer = AuditLog(Loop(), str(tmp_path), 1, _ALL)
+    for number in range(3):
+        writer.record("test", number=number)
+    log, read = Path(writer.path), Path.read_bytes
+
+    def read_and_write(path):
+        content = read(path)
+        if path == log:
+            writer.record("test", number=3)
+            writer.record("test", number=4)
+        return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_and_write)
+        verdict = verify_audit_log(log)
+        assert (verdict.ok, verdict.problem, verdict.records) == (True, "", 3)
+        patch.setattr(
+            Path, "read_bytes", lambda path: b"".join(read_and_write(path).splitlines(True)[: 4 if path == log else 1])
+        )
+        verdict = verify_audit_log(log)  # its fifth record has been cut off
+        assert not verdict.ok
+        assert verdict.problem.startswith("the end: 4 records")
+    assert verify_audit_log(log).ok
+    writer.close()
+
+
 def test_the_command(log):
     def run(*arguments):
         command = [sys.executable, "-m", "rock_env.audit", "verify", *arguments]
